@@ -1,0 +1,455 @@
+"""Evaluation of any checkpoint: greedy and sampled success, per task and overall, with Wilson 95 % intervals; the same seed gives the same numbers.
+
+    python algos/evaluate.py --checkpoint runs/tabletop-object-vla_opd-1/checkpoint --env tabletop-object
+    python algos/evaluate.py --checkpoint runs/tabletop-init-pose-ppo-1/checkpoint --env tabletop-init-pose --split ood
+
+Initial states are the first ones of the split ("eval" and "train" are disjoint), the same for every checkpoint, so that comparisons are paired.
+Writes episodes.csv: one row per episode.
+"""
+import csv, errno, json, math, os, re, shutil, sys, time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # envs/ is found from any working directory
+
+
+@dataclass
+class Args:
+    checkpoint: str = ""  # a folder or a hub id (default: the suite's own student)
+    env: str = "tabletop-object"  # which environment; an unknown name lists all
+    split: str = "eval"  # initial states: eval, train (seen in training), ood where the suite has one
+    episodes_per_task: int = 50  # initial states per task
+    temperature: float = 1.0  # of the sampled evaluation
+    seed: int = 1  # of the sampled actions and of what changes during an episode
+    num_envs: int = 256  # environments played side by side
+    query_batch_size: int = 512  # queries per pass
+    run_dir: str = ""  # where episodes.csv goes (default: runs/evaluate-ENV-SPLIT)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model
+    load_in_4bit: bool = False  # keep the language model in 4 bits
+    device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
+    video: bool = False  # write a GIF of 16 greedy episodes
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)                        # before torch is imported: --help is instant
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import envs
+
+# --- block policy
+# One class for every size: a toy of 0.25 M parameters, OpenVLA-7B (autoregressive), OpenVLA-OFT with discrete tokens (parallel).  Modules have the names
+# of the official checkpoints, so that loading is load_state_dict of their safetensors.
+BINS, BOS, STOP, LONE = 256, 1, 2, 29871             # action tokens: the 256 ids before the rows that pad the vocabulary.  LONE: "▁", wanted after "Out:"
+DINO = dict(dim=1024, depth=24, heads=16, hidden=4096, patch=14, registers=4, mean=[.485, .456, .406], std=[.229, .224, .225])
+SIGLIP = dict(dim=1152, depth=27, heads=16, hidden=4304, patch=14, registers=0, mean=[.5] * 3, std=[.5] * 3)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, hidden, scale):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(dim)} if scale else {}) for _ in range(2))     # LayerScale, DINOv2 only
+
+    def forward(self, x):
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + (y * self.ls1["scale_factor"] if len(self.ls1) else y)
+        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        return x + (y * self.ls2["scale_factor"] if len(self.ls2) else y)
+
+
+class ViT(nn.Module):
+    """DINOv2 or SigLIP in timm's names, read at the second-to-last block, without the final norm: [B, 3, H, W] -> [B, patches, dim]."""
+    def __init__(self, image, dim, depth, heads, hidden, patch, registers):
+        super().__init__()
+        self.dim, self.registers = dim, registers
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
+        self.pos_embed = nn.Parameter(.02 * torch.randn(1, (image // patch) ** 2, dim))
+        if registers:                                # prepended after the position embedding
+            self.cls_token, self.reg_token = (nn.Parameter(.02 * torch.randn(1, n, dim)) for n in (1, registers))
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, registers > 0) for _ in range(depth - 1))
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
+        if self.registers:
+            x = torch.cat([t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)] + [x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, -self.pos_embed.shape[1]:]
+
+
+class ConvTower(nn.Module):
+    """The toy's eyes: every token is one keypoint and tells where it is and what is there. [B, 3, H, W] -> [B, tokens, dim]."""
+    def __init__(self, image, tokens, width):
+        super().__init__()
+        self.dim = width + 2 + 16 + 1                # what is there, x and y, waves of x and y, how sharp the keypoint is
+        self.features = nn.Sequential(nn.Conv2d(3, width // 2, 5, 2, 2), nn.ReLU(), nn.Conv2d(width // 2, width, 3, 2, 1), nn.ReLU(),
+                                      nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
+        self.heatmaps = nn.Conv2d(width, tokens, 1)
+        for conv in (*self.features[::2], self.heatmaps):     # keep the signal's size through the ReLUs; torch's default shrinks it
+            nn.init.normal_(conv.weight, std=(2 / conv.weight[0].numel()) ** .5)
+        self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
+        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
+
+    def heat(self, features):
+        return (self.heatmaps(features).flatten(2) * self.sharpness.exp()).log_softmax(-1)                      # [B, tokens, positions]
+
+    def forward(self, x):
+        f = self.features(x)
+        log_heat = self.heat(f)
+        heat, axes = log_heat.exp(), (torch.linspace(-1, 1, n, device=x.device) for n in f.shape[2:])
+        xy = heat @ torch.cartesian_prod(*axes).to(heat)                                                        # the expected position
+        angle = xy[..., None] * torch.tensor([.5, 1, 2, 4]).to(heat) * math.pi
+        what = heat @ f.flatten(2).transpose(1, 2).to(heat)
+        return torch.cat([what, xy, angle.sin().flatten(2), angle.cos().flatten(2), log_heat.amax(-1, keepdim=True)], -1).to(f) + self.name
+
+
+class VLA(nn.Module):
+    """config: the official config.json as a dict, plus our own optional keys: towers, decoding, chunk, action_dim, action_slots, prompt, unnorm_key."""
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        self.config, self.tokenizer, self.rows, self.lora, self.compute = dict(config), tokenizer, {}, None, torch.float32
+        llama = LlamaConfig(**{k: v for k, v in config["text_config"].items() if k not in ("torch_dtype", "dtype", "architectures", "model_type")})
+        self.parallel = config.get("decoding", "autoregressive") == "parallel"
+        self.chunk, self.action_dim = config.get("chunk", 8 if self.parallel else 1), config.get("action_dim", 7)
+        self.num_tokens, self.image, self.pad = self.chunk * self.action_dim, config["image_sizes"][0], llama.pad_token_id
+        self.first = llama.vocab_size - config["pad_to_multiple_of"] - BINS
+        self.towers = config.get("towers") or [dict(DINO if "dino" in t else SIGLIP) for t in config["timm_model_ids"]]
+        for t, tiny in zip(self.towers, config.get("tiny_vision", [])):     # the official layout with narrower towers
+            t.update(hidden=tiny["embed_dim"] * t["hidden"] // t["dim"], dim=tiny["embed_dim"], depth=tiny["depth"], heads=tiny["num_heads"])
+        towers = [(ViT if "depth" in t else ConvTower)(self.image, **{k: v for k, v in t.items() if k not in ("mean", "std")}) for t in self.towers]
+        self.vision_backbone = nn.ModuleDict(zip(("featurizer", "fused_featurizer"), towers))
+        dim, d = sum(t.dim for t in towers), llama.hidden_size
+        sizes = [dim, 4 * dim, d, d] if len(towers) > 1 else [dim, d, d]
+        self.projector = nn.ModuleDict({f"fc{i}": nn.Linear(a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1)})
+        for fc in self.projector.values():
+            nn.init.normal_(fc.weight, std=fc.in_features ** -.5)
+        self.language_model = LlamaForCausalLM(llama)
+        if self.parallel and config.get("action_slots"):     # learned slots instead of OFT's zeros: a toy learns faster with them
+            self.action_slots = nn.Parameter(config["action_slots"] * torch.randn(1, self.num_tokens, d))
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32, lora_rank=0, load_in_4bit=False, trainable=True, **extra):
+        """A folder or a hub id: a full checkpoint or a LoRA adapter.  extra overrides config keys, e.g. decoding="parallel"."""
+        folder = Path(path)
+        if not folder.is_dir():
+            try:
+                from huggingface_hub import snapshot_download
+                folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))     # never code, never pickles
+            except Exception as e:
+                raise SystemExit(f"{path}: no such folder, and the Hugging Face hub did not give it ({type(e).__name__}); where there is a network run "
+                                 f"`hf download {path} --local-dir DIR`, then pass DIR.") from None
+        read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        config = {**read("config.json"), **(dict(norm_stats=s) if (s := read("dataset_statistics.json")) else {}), **extra}
+        if read("adapter_config.json"):
+            from peft import LoraConfig
+            adapter = LoraConfig.from_pretrained(folder)
+            model = cls.load(adapter.base_model_name_or_path, device, dtype, 0, load_in_4bit, False, **config)
+            model.add_lora(adapter, load_file(folder / "adapter_model.safetensors"))
+            return model if trainable else model.requires_grad_(False)
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files or "text_config" not in config:
+            raise SystemExit(f"{folder} needs a config.json in OpenVLA's layout and model*.safetensors; pickled weights (*.bin, *.pt) are never loaded: "
+                             "save them as safetensors first.")
+        with torch.device("meta"):
+            model = cls(config, PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None)
+        # towers are read at their second-to-last block: files also hold the last one, the final norm and a pooling head, for nobody
+        unread = re.compile("|".join(rf"vision_backbone\.{name}\.(blocks\.{t.get('depth', 0) - 1}|norm|attn_pool)\."
+                                     for name, t in zip(model.vision_backbone, model.towers)) + r"|.*rotary_emb\.inv_freq")
+        weights = torch.float32 if trainable and not lora_rank else dtype     # what is trained stays float32, the arithmetic is dtype's
+        state = {k: v.to(weights) for f in files for k, v in load_file(f).items() if not unread.match(k)}
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as e:
+            raise SystemExit(f"{folder}: config.json does not fit the weights: {str(e).splitlines()[1].strip()}") from None
+        if missing or unexpected:
+            raise SystemExit(f"{folder} is not this model: {len(missing)} tensors are missing {missing[:3]}, {len(unexpected)} are unknown "
+                             f"{unexpected[:3]}; fetch it again with `hf download`, or check towers and action_slots in config.json.")
+        model.language_model.model.rotary_emb = LlamaRotaryEmbedding(model.language_model.config)     # float32 whatever dtype is
+        if load_in_4bit:
+            model.quantize(dtype)
+        model = model.to(device).eval()
+        model.compute = dtype
+        if lora_rank:
+            from peft import LoraConfig
+            model.add_lora(LoraConfig(r=lora_rank, lora_alpha=16, lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
+                                      base_model_name_or_path=str(folder.resolve() if Path(path).is_dir() else path)))
+        return model if trainable else model.requires_grad_(False)
+
+    def quantize(self, dtype):
+        """The language model's layers in 4 bits (.to(device) does it), everything frozen; embeddings, lm_head, towers stay as they are."""
+        try:
+            from bitsandbytes.nn import Linear4bit, Params4bit
+        except Exception as e:
+            raise SystemExit(f"--load-in-4bit needs a working bitsandbytes (`pip install bitsandbytes`): {e}") from None
+        self.requires_grad_(False).is_loaded_in_4bit = True  # peft looks at this name
+        for parent in list(self.language_model.model.modules()):
+            for name, old in [c for c in parent.named_children() if type(c[1]) is nn.Linear]:
+                new = Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+                new.weight = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
+                new.support_avx512bf16_for_cpu = False       # its packed CPU kernel silently drops the gradient
+                setattr(parent, name, new)
+
+    def add_lora(self, config, state=None):
+        """LoRA on every linear layer, in place, in float32; everything else is frozen."""
+        from peft import inject_adapter_in_model, set_peft_model_state_dict
+        inject_adapter_in_model(config, self)
+        self.lora = config
+        for p in self.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+        if state and (missing := [k for k in set_peft_model_state_dict(self, state).missing_keys if "lora_" in k]):
+            raise SystemExit(f"the adapter of {config.base_model_name_or_path} lacks {len(missing)} tensors {missing[:3]}")
+
+    def save(self, folder, dtype=None):
+        """A checkpoint that load() reads; with LoRA only the adapter, in peft's own format."""
+        folder, state, name = Path(folder), self.state_dict(), "model.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.lora:
+            state, name = {"base_model.model." + k.replace(".default.", "."): v for k, v in state.items() if "lora_" in k}, "adapter_model.safetensors"
+            self.lora.save_pretrained(folder)
+        save_file({k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}, folder / name, {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+        if self.tokenizer:
+            self.tokenizer.save_pretrained(folder)
+
+    def must_match(self, other):
+        """Student and teacher have to mean the same by a token, or distillation is nonsense."""
+        for what in ("chunk", "action_dim", "parallel", "image"):
+            if getattr(self, what) != getattr(other, what):
+                raise SystemExit(f"student and teacher differ in {what}: {getattr(self, what)} and {getattr(other, what)}")
+        if not np.allclose(self.ranges(), other.ranges()):
+            raise SystemExit("student and teacher un-normalise actions differently: give both the same norm_stats and unnorm_key (config.json)")
+
+    @property
+    def device(self):
+        return self.language_model.device
+
+    def prepare(self, images):
+        """uint8 pictures [B, H, W, 3] -> uint8 tensor [B, S, S, 3], resized like the official processor (PIL's bicubic)."""
+        s = self.image
+        if images.shape[1:3] == (s, s):
+            return torch.as_tensor(images)
+        return torch.stack([torch.from_numpy(np.array(Image.fromarray(x).resize((s, s), Image.BICUBIC))) for x in np.asarray(images)])
+
+    def tokenize(self, instructions):
+        """ids [B, N] and mask: <s>, padding (where the picture goes), the prompt; so any batch gives what one-by-one gives."""
+        if isinstance(instructions, tuple):          # ids and mask already
+            return instructions
+        for text in set(instructions) - self.rows.keys():
+            if self.tokenizer is None:
+                raise SystemExit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
+            prompt = self.config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
+            row, llama = self.tokenizer(prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
+            self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
+        rows = [self.rows[t] for t in instructions]
+        n = max(map(len, rows))
+        ids = torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device)
+        return ids, torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device)
+
+    def prefix(self, images, ids, mask):
+        """<s>, the picture's tokens, the prompt.  images: prepared uint8 [B, S, S, 3] (or already normalised [B, 3 * towers, S, S])."""
+        embed = self.language_model.model.embed_tokens
+        if images.dtype == torch.uint8:
+            images = images.to(self.device).permute(0, 3, 1, 2).float() / 255
+            mean, std = (torch.tensor([t[k] for t in self.towers], device=self.device).view(len(self.towers), 3, 1, 1) for k in ("mean", "std"))
+            images = torch.cat([(images - m) / s for m, s in zip(mean, std)], 1)
+        x = torch.cat([tower(i) for tower, i in zip(self.vision_backbone.values(), images.to(embed.weight.dtype).split(3, 1))], -1)
+        for i, fc in enumerate(self.projector.values()):
+            x = fc(F.gelu(x) if i else x)
+        e = embed(ids)
+        return torch.cat([e[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
+
+    def hidden(self, x, mask, **kw):
+        return self.language_model.model(inputs_embeds=x, attention_mask=mask, position_ids=mask.cumsum(1)[:, -x.shape[1]:] - 1, **kw).last_hidden_state
+
+    def head(self, h):                               # call it, then slice: slicing its weight would bypass a LoRA adapter
+        return self.language_model.lm_head(h)[..., self.first:self.first + BINS].float()
+
+    def logits(self, images, ids, mask, tokens=None):
+        """[B, K, 256] in one pass: of the given action tokens (teacher forcing), or in parallel (which ignores them)."""
+        x, mask = self.prefix(images, ids, mask)
+        n, embed = x.shape[1], self.language_model.model.embed_tokens
+        if self.parallel:                            # empty action slots, then </s>; every position sees every other
+            slots = self.action_slots if hasattr(self, "action_slots") else x.new_zeros(1, self.num_tokens, x.shape[2])
+            tail = torch.cat([slots.to(x.dtype).expand(len(x), -1, -1), embed(ids.new_full((len(ids), 1), STOP))], 1)
+        else:
+            tail = embed(tokens[:, :-1] + self.first)
+        mask = torch.cat([mask, mask.new_ones(tail.shape[:2])], 1)
+        h = self.hidden(torch.cat([x, tail], 1), mask, use_cache=False, **(dict(is_causal=False) if self.parallel else {}))
+        return self.head(h[:, n - 1:n - 1 + self.num_tokens])     # the logits of a token are read one position before it
+
+    def arithmetic(self):
+        return torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32)
+
+    def score(self, images, instructions, tokens=None):
+        """Differentiable float32 logits [B, K, 256] of prepared pictures and instructions."""
+        with self.arithmetic():
+            return self.logits(images, *self.tokenize(instructions), tokens)
+
+    @torch.no_grad()
+    def act(self, images, instructions, temperature=1., generator=None):
+        """Action tokens (0..255) [B, K] and their log-probabilities; temperature 0 is greedy (its log-probabilities are those of 1)."""
+        def pick(z):
+            p = (z / temperature).softmax(-1).flatten(0, -2) if temperature else z
+            return torch.multinomial(p, 1, generator=generator).view(z.shape[:-1]) if temperature else z.argmax(-1)
+        if self.parallel:
+            z = self.score(images, instructions)
+            tokens = pick(z)
+        else:
+            with self.arithmetic():
+                x, mask = self.prefix(images, *self.tokenize(instructions))
+                cache, tokens, z = DynamicCache(config=self.language_model.config), [], []
+                for _ in range(self.num_tokens):
+                    z.append(self.head(self.hidden(x, mask, past_key_values=cache, use_cache=True)[:, -1]))
+                    tokens.append(pick(z[-1]))
+                    x, mask = self.language_model.model.embed_tokens(tokens[-1][:, None] + self.first), F.pad(mask, (0, 1), value=1)
+            tokens, z = torch.stack(tokens, 1), torch.stack(z, 1)
+        return tokens, (z / (temperature or 1.)).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+    def ranges(self):
+        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves)."""
+        stats, key = self.config.get("norm_stats"), self.config.get("unnorm_key")
+        if not stats:
+            return np.full(self.action_dim, -1.), np.full(self.action_dim, 1.)
+        key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
+        if key not in stats:
+            raise SystemExit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the action statistics {sorted(stats)}")
+        stats = stats[key]["action"]
+        mask = np.array(stats.get("mask", [True] * len(stats["q01"])))
+        return np.where(mask, stats["q01"], -1.), np.where(mask, stats["q99"], 1.)
+
+    def actions(self, tokens):
+        """Tokens [B, K] -> actions [B, chunk, dim] in the robot's units.  A higher token is a lower value; 256 edges make 255 centres."""
+        low, high = self.ranges()
+        index = (BINS - 1 - torch.as_tensor(tokens).cpu().numpy()).clip(0, BINS - 2).reshape(-1, self.chunk, self.action_dim)
+        return (low + (index + .5) / (BINS - 1) * (high - low)).astype(np.float32)
+# --- end policy
+
+
+# --- block rollout
+def rollout(env, model, task, init_state, split, temperature, batch_size, generator=None, frames=None):
+    """Plays every (task, init_state) once.  A free environment takes the next one; only active ones are queried.
+
+    Returns a row per query: image, instruction, tokens, logp, mask (tokens that were executed), episode; per episode: success, grasped, length.
+    """
+    playing, queue, rows, seconds = np.full(env.num_envs, -1), list(range(len(task)))[::-1], [], dict(env=0., policy=0.)
+    outcome = {k: np.zeros(len(task), int) for k in ("success", "grasped", "length")}
+    while True:
+        start, free = time.time(), np.flatnonzero(playing < 0)[:len(queue)]
+        if len(free):
+            playing[free] = [queue.pop() for _ in free]
+            obs, _ = env.reset(options=dict(task=np.asarray(task)[playing.clip(0)], init_state=np.asarray(init_state)[playing.clip(0)], split=split,
+                                            mask=np.isin(np.arange(env.num_envs), free)))
+        live = np.flatnonzero(playing >= 0)
+        if not len(live):
+            break
+        images, texts = model.prepare(obs["image"][live]), [obs["instruction"][i] for i in live]
+        asked = time.time()
+        parts = [model.act(images[i:i + batch_size], texts[i:i + batch_size], temperature, generator) for i in range(0, len(live), batch_size)]
+        tokens, logp = (torch.cat(part).cpu() for part in zip(*parts))
+        answered, actions = time.time(), np.zeros((env.num_envs, model.chunk, model.action_dim), np.float32)
+        actions[live] = model.actions(tokens)
+        obs, _, terminated, truncated, info = env.step(actions)
+        if frames is not None:
+            frames.append(obs["image"][:16].copy())
+        executed = torch.as_tensor(info["steps"][live])[:, None] > torch.arange(model.num_tokens) // model.action_dim
+        rows.append((images, tokens, logp, executed, torch.as_tensor(playing[live]), texts))
+        outcome["length"][playing[live]] += info["steps"][live]
+        over = live[(terminated | truncated)[live]]
+        for k in ("success", "grasped"):
+            outcome[k][playing[over]] = info[k][over]
+        playing[over] = -1
+        seconds["env"], seconds["policy"] = seconds["env"] + asked - start + time.time() - answered, seconds["policy"] + answered - asked
+    *tensors, texts = zip(*rows)
+    batch = dict(zip(("image", "tokens", "logp", "mask", "episode"), map(torch.cat, tensors)), instruction=[t for part in texts for t in part])
+    return dict(batch, **outcome, seconds=seconds)
+
+
+def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed, rank=0, world=1, video=None):
+    """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
+    tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
+    task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
+    generator, frames = torch.Generator(model.device).manual_seed(seed), [] if video else None
+    env.reset(seed=seed, options=dict(mask=False))
+    played, result = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames), np.zeros((3, len(task)))
+    result[:, rank::world] = played["success"], played["grasped"], played["length"]
+    if video and rank == 0:                          # up to 16 episodes side by side, a frame a query
+        grid = [Image.fromarray(np.concatenate(np.concatenate(f[:len(f) // 2 * 2 or 1].reshape(-1, max(1, len(f) // 2), *f.shape[1:]), 1), 1)) for f in frames]
+        grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
+    return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
+
+
+def all_sum(x, world):
+    """The sum over all processes."""
+    if world > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def wilson(success, z=1.96):
+    """Wilson's 95 % interval of a success rate."""
+    n, p = success.size, success.mean()
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (p + z * z / (2 * n) - half) / (1 + z * z / n), (p + z * z / (2 * n) + half) / (1 + z * z / n)
+# --- end rollout
+
+
+# --- block setup
+def setup(args):
+    """One process, or one of torchrun's."""
+    rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    if args.device.startswith("cuda") and not cuda:
+        raise SystemExit(f"--device {args.device}, but this machine shows no CUDA GPU: use --device cpu, or install a CUDA build of torch")
+    device = torch.device(args.device if args.device != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
+    return rank, world, device
+
+# --- end setup
+
+
+def main(args):
+    rank, world, device = setup(args)
+    env = envs.make(args.env, args.num_envs, args.seed)
+    checkpoint = args.checkpoint or envs.checkpoint(args.env, "student")
+    model = VLA.load(checkpoint, device, getattr(torch, args.dtype), load_in_4bit=args.load_in_4bit, trainable=False)
+    folder = Path(args.run_dir or f"runs/evaluate-{args.env}-{args.split}")
+    folder.mkdir(parents=True, exist_ok=True)
+    states, rows = env.suite.splits.get(args.split, [])[:args.episodes_per_task], []
+    print(f"{checkpoint} on {args.env}, split {args.split}, {len(env.suite.tasks)} tasks x {len(states)} initial states")
+    for mode, temperature in (("greedy", 0.), ("sampled", args.temperature)):
+        video = folder / "eval.gif" if args.video and mode == "greedy" else None
+        played = evaluate(env, model, args.split, args.episodes_per_task, temperature, args.query_batch_size, args.seed, rank, world, video)
+        for t, text in enumerate(env.suite.tasks):
+            rows += [dict(mode=mode, task=t, instruction=text, init_state=s, success=int(played[0, t, i]), grasped=int(played[1, t, i]),
+                          steps=int(played[2, t, i])) for i, s in enumerate(states)]
+            show(f"  {mode:8} {text}", played[0, t])
+        show(f"{mode:8} all tasks", played[0])
+    if rank == 0:
+        with open(folder / "episodes.csv", "w", newline="") as f:
+            table = csv.DictWriter(f, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        print(f"episodes: {folder / 'episodes.csv'}")
+
+
+def show(name, success):
+    low, high = wilson(success)
+    print(f"{name:70} {100 * success.mean():5.1f} %  [{100 * low:4.1f}, {100 * high:5.1f}]  n = {success.size}")
+
+
+if __name__ == "__main__":
+    main(args)

@@ -1,0 +1,134 @@
+"""envs.make(env_id, ...) -> one gymnasium vector environment for every suite.  This docstring is the contract; an adapter is one file beside this one.
+
+To add a simulator, write `class MyEnv(SimulatorEnv)` and add its prefix to `make` below.  Its constructor calls
+    super().__init__(Suite(name, tasks, splits, max_steps, action_dim, chunk, image), num_envs, seed)
+      tasks    the instructions, one a task
+      splits   {"train": [...], "eval": [...]} initial states (integers), disjoint; shifted suites have an "ood" split as well
+and it has these methods, over all environments at once, where `live` is a boolean mask of those that count:
+    _reset(i, task, init_state, split)   put environment i into that state, return its instruction; the same arguments always give the same state
+    _step(action [N, dim], live)         one step of the live ones; returns who has just succeeded, [N] bool
+    _render(live)                        pictures of the live ones, uint8 [live.sum(), H, W, 3]
+    _grasped()                           who has held the right object, [N] bool
+    expert_action()                      (optional) the privileged expert's next action, [N, dim]
+What users get (gymnasium's VectorEnv conventions):
+    obs, info = env.reset(seed=..., options=dict(task=[...], init_state=[...], split="train", mask=[...]))
+        task and init_state: integers, one an environment (drawn from the seed if absent); mask: restart only these
+    obs, reward, terminated, truncated, info = env.step(actions [N, chunk, dim])
+        obs["image"] uint8 [N, H, W, 3], obs["instruction"] N strings.  The chunk is executed inside, open loop; it stops where the episode ends, and
+        info["steps"] says how many environment steps ran.  One picture is drawn, after the last one.  A finished episode is inert: its picture
+        stays, its steps are 0 and its reward too, until it is reset.  reward: 1 in the step that succeeds.
+        info: success, grasped, steps, each [N].
+"""
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+
+TABLETOP = ("spatial", "object", "goal", "long", "unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose",
+            "repositioning", "two-arm")
+
+
+@dataclass
+class Suite:
+    name: str
+    tasks: list
+    splits: dict
+    max_steps: int
+    action_dim: int
+    chunk: int
+    image: int
+
+
+class SimulatorEnv(gymnasium.vector.VectorEnv):
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
+
+    def __init__(self, suite, num_envs, seed):
+        self.suite, self.num_envs, self.seed, self.closed = suite, num_envs, seed, False
+        box, text = gymnasium.spaces.Box(0, 255, (suite.image, suite.image, 3), np.uint8), gymnasium.spaces.Text(256, charset=[chr(c) for c in range(32, 127)])
+        self.single_observation_space = gymnasium.spaces.Dict(image=box, instruction=text)
+        self.single_action_space = gymnasium.spaces.Box(-1, 1, (suite.chunk, suite.action_dim), np.float32)
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.task, self.init_state, self.steps = (np.zeros(num_envs, int) for _ in range(3))
+        self.done, self.succeeded, self.split = np.ones(num_envs, bool), np.zeros(num_envs, bool), "train"
+        self.image, self.instruction = np.zeros((num_envs, suite.image, suite.image, 3), np.uint8), [""] * num_envs
+
+    def reset(self, *, seed=None, options=None):
+        o = dict(options or {})
+        self.seed = self.seed if seed is None else seed
+        if unknown := set(o) - {"task", "init_state", "split", "mask"}:
+            raise ValueError(f"unknown reset options {sorted(unknown)}: there are task, init_state, split and mask")
+        self.split = o.get("split", "train")
+        if self.split not in self.suite.splits:
+            raise ValueError(f"{self.suite.name} has no split {self.split!r}: there are {', '.join(self.suite.splits)}")
+        rng, mask = np.random.default_rng(self.seed), np.broadcast_to(o.get("mask", True), self.num_envs).astype(bool)
+        task = np.broadcast_to(o["task"] if o.get("task") is not None else rng.integers(len(self.suite.tasks), size=self.num_envs), self.num_envs)
+        state = np.broadcast_to(o["init_state"] if o.get("init_state") is not None else rng.choice(self.suite.splits[self.split], self.num_envs), self.num_envs)
+        for i in np.flatnonzero(mask):
+            self.task[i], self.init_state[i] = task[i], state[i]
+            self.instruction[i] = self._reset(i, int(task[i]), int(state[i]), self.split)
+        self.steps[mask], self.done[mask], self.succeeded[mask] = 0, False, False
+        self.image[mask] = self._render(mask)
+        return self._obs(), self._info(np.zeros(self.num_envs, int))
+
+    def step(self, actions):
+        actions = np.clip(np.asarray(actions, float).reshape(self.num_envs, -1, self.suite.action_dim), -1, 1)
+        started, before, was = ~self.done, self.steps.copy(), self.succeeded.copy()
+        for action in actions.swapaxes(0, 1):
+            live = ~self.done
+            if not live.any():
+                break
+            self.succeeded |= self._step(action, live)
+            self.steps += live
+            self.done |= self.succeeded | (self.steps >= self.suite.max_steps)
+        if started.any():
+            self.image[started] = self._render(started)
+        return (self._obs(), (self.succeeded & ~was).astype(np.float32), self.succeeded.copy(), self.done & ~self.succeeded, self._info(self.steps - before))
+
+    def _obs(self):
+        return dict(image=self.image.copy(), instruction=tuple(self.instruction))
+
+    def _info(self, steps):
+        return dict(success=self.succeeded.copy(), grasped=self._grasped().copy(), steps=steps)
+
+
+CHECKPOINTS = {}        # ENV-student, ENV-teacher -> hub id, for suites whose checkpoints others publish
+
+
+def checkpoint(env_id, role):
+    """The suite's own student or teacher: a hub id, or a folder shipped with the repository, or made now by sft.py."""
+    root, name = Path(__file__).resolve().parents[1], f"{env_id}-{role}"
+    if name in CHECKPOINTS:
+        return CHECKPOINTS[name]
+    if not env_id.startswith("tabletop"):
+        raise SystemExit(f"{env_id} has no default {role}: pass --{role} with a folder or a hub id")
+    folder, command = root / "checkpoints" / name, [sys.executable, str(root / "algos" / "sft.py"), "--make", name]
+    if not (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
+        print(f"{folder} is missing; making it, in minutes (its base, if missing too, takes an hour): {' '.join(command)}", flush=True)
+        subprocess.run(command, check=True, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")})
+    while not (folder / "config.json").exists():     # another process makes it
+        time.sleep(1)
+    return str(folder)
+
+
+def vocabulary(env_id):
+    """The words of a suite's instructions, those of its unseen objects too."""
+    from envs import tabletop
+    return {w for t in make(env_id).suite.tasks for w in t.split()} | {w for k in tabletop.KINDS for w in k.split()}
+
+
+def known():
+    return [f"tabletop-{name}" for name in TABLETOP]
+
+
+def make(env_id, num_envs=1, seed=0, **kwargs):
+    prefix, _, name = env_id.partition("-")
+    if prefix == "tabletop" and name in TABLETOP:
+        from envs.tabletop import TabletopEnv
+        return TabletopEnv(name, num_envs, seed, **kwargs)
+    raise ValueError(f"unknown environment {env_id!r}; known: {', '.join(known())}")
