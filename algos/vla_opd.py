@@ -3,7 +3,7 @@
     python algos/vla_opd.py --env tabletop-object                       # a laptop: 2 cores, minutes
     torchrun --nproc-per-node 8 algos/vla_opd.py --env libero-object --lora-rank 32 --dtype bfloat16
 
-Algorithm 1 of "VLA-OPD" (papers/ in the README): the student plays, the frozen teacher scores the very same tokens at the very same states, and the
+Algorithm 1 of VLA-OPD (irpn-lab.github.io/VLA-OPD): the student plays, the frozen teacher scores the very same tokens at the very same states, and the
 student follows the policy gradient of the reward r = log q(a|s) - log p(a|s), p the student, q the teacher.
 
 What matters, and why
@@ -19,7 +19,7 @@ What matters, and why
     token: the mean over all tokens.  Tokens behind the episode's end, inside a chunk too, are no part of the trajectory: weight 0.
  7. Not in the paper, measured here on tabletop-object: learning rate, temperature, optimiser steps per rollout (results/ has the curves).
 """
-import csv, errno, json, math, os, re, shutil, sys, time
+import json, math, os, re, shutil, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,15 +62,20 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)                            # before torch is imported: --help is instant
+    args = tyro.cli(Args, description=__doc__)                            # before torch is imported: --help is instant
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from matplotlib.figure import Figure
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -90,14 +95,12 @@ class Block(nn.Module):
         self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(dim)} if scale else {}) for _ in range(2))     # LayerScale, DINOv2 only
+        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(dim)} if scale else {}) for _ in range(2))     # LayerScale: DINOv2's
 
     def forward(self, x):
         q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        x = x + (y * self.ls1["scale_factor"] if len(self.ls1) else y)
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        return x + (y * self.ls2["scale_factor"] if len(self.ls2) else y)
+        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)) * (self.ls1["scale_factor"] if len(self.ls1) else 1)
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))) * (self.ls2["scale_factor"] if len(self.ls2) else 1)
 
 
 class ViT(nn.Module):
@@ -128,22 +131,18 @@ class ConvTower(nn.Module):
         self.features = nn.Sequential(nn.Conv2d(3, width // 2, 5, 2, 2), nn.ReLU(), nn.Conv2d(width // 2, width, 3, 2, 1), nn.ReLU(),
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
-        for conv in (*self.features[::2], self.heatmaps):     # keep the signal's size through the ReLUs; torch's default shrinks it
-            nn.init.normal_(conv.weight, std=(2 / conv.weight[0].numel()) ** .5)
+        for conv in (*self.features[::2], self.heatmaps):
+            nn.init.kaiming_normal_(conv.weight)     # keeps the signal's size through the ReLUs; torch's default shrinks it
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
         self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
 
-    def heat(self, features):
-        return (self.heatmaps(features).flatten(2) * self.sharpness.exp()).log_softmax(-1)                      # [B, tokens, positions]
-
     def forward(self, x):
         f = self.features(x)
-        log_heat = self.heat(f)
+        log_heat = (self.heatmaps(f).flatten(2) * self.sharpness.exp()).log_softmax(-1)                         # [B, tokens, positions]
         heat, axes = log_heat.exp(), (torch.linspace(-1, 1, n, device=x.device) for n in f.shape[2:])
-        xy = heat @ torch.cartesian_prod(*axes).to(heat)                                                        # the expected position
-        angle = xy[..., None] * torch.tensor([.5, 1, 2, 4]).to(heat) * math.pi
-        what = heat @ f.flatten(2).transpose(1, 2).to(heat)
-        return torch.cat([what, xy, angle.sin().flatten(2), angle.cos().flatten(2), log_heat.amax(-1, keepdim=True)], -1).to(f) + self.name
+        what, xy = heat @ f.flatten(2).transpose(1, 2).to(heat), heat @ torch.cartesian_prod(*axes).to(heat)    # expected feature, expected position
+        angle = (xy[..., None] * torch.tensor([.5, 1, 2, 4]).to(heat) * math.pi).flatten(2)
+        return torch.cat([what, xy, angle.sin(), angle.cos(), log_heat.amax(-1, keepdim=True)], -1).to(f) + self.name
 
 
 class VLA(nn.Module):
@@ -157,8 +156,6 @@ class VLA(nn.Module):
         self.num_tokens, self.image, self.pad = self.chunk * self.action_dim, config["image_sizes"][0], llama.pad_token_id
         self.first = llama.vocab_size - config["pad_to_multiple_of"] - BINS
         self.towers = config.get("towers") or [dict(DINO if "dino" in t else SIGLIP) for t in config["timm_model_ids"]]
-        for t, tiny in zip(self.towers, config.get("tiny_vision", [])):     # the official layout with narrower towers
-            t.update(hidden=tiny["embed_dim"] * t["hidden"] // t["dim"], dim=tiny["embed_dim"], depth=tiny["depth"], heads=tiny["num_heads"])
         towers = [(ViT if "depth" in t else ConvTower)(self.image, **{k: v for k, v in t.items() if k not in ("mean", "std")}) for t in self.towers]
         self.vision_backbone = nn.ModuleDict(zip(("featurizer", "fused_featurizer"), towers))
         dim, d = sum(t.dim for t in towers), llama.hidden_size
@@ -175,45 +172,38 @@ class VLA(nn.Module):
         """A folder or a hub id: a full checkpoint or a LoRA adapter.  extra overrides config keys, e.g. decoding="parallel"."""
         folder = Path(path)
         if not folder.is_dir():
-            try:
-                from huggingface_hub import snapshot_download
-                folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))     # never code, never pickles
+            try:                                     # never code, never pickles
+                folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
             except Exception as e:
-                raise SystemExit(f"{path}: no such folder, and the Hugging Face hub did not give it ({type(e).__name__}); where there is a network run "
-                                 f"`hf download {path} --local-dir DIR`, then pass DIR.") from None
+                sys.exit(f"{path} is no folder, and the hub did not give it ({type(e).__name__}): run `hf download {path} --local-dir DIR`, pass DIR")
         read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         config = {**read("config.json"), **(dict(norm_stats=s) if (s := read("dataset_statistics.json")) else {}), **extra}
         if read("adapter_config.json"):
-            from peft import LoraConfig
             adapter = LoraConfig.from_pretrained(folder)
+            lora_rank in (0, adapter.r) or sys.exit(f"{path} is an adapter of rank {adapter.r}, not {lora_rank}")
             model = cls.load(adapter.base_model_name_or_path, device, dtype, 0, load_in_4bit, False, **config)
             model.add_lora(adapter, load_file(folder / "adapter_model.safetensors"))
             return model if trainable else model.requires_grad_(False)
         files = sorted(folder.glob("model*.safetensors"))
         if not files or "text_config" not in config:
-            raise SystemExit(f"{folder} needs a config.json in OpenVLA's layout and model*.safetensors; pickled weights (*.bin, *.pt) are never loaded: "
-                             "save them as safetensors first.")
+            sys.exit(f"{folder} needs OpenVLA's config.json and model*.safetensors (pickles, *.bin and *.pt, are never loaded: save them as safetensors first)")
         with torch.device("meta"):
             model = cls(config, PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None)
         # towers are read at their second-to-last block: files also hold the last one, the final norm and a pooling head, for nobody
         unread = re.compile("|".join(rf"vision_backbone\.{name}\.(blocks\.{t.get('depth', 0) - 1}|norm|attn_pool)\."
                                      for name, t in zip(model.vision_backbone, model.towers)) + r"|.*rotary_emb\.inv_freq")
         weights = torch.float32 if trainable and not lora_rank else dtype     # what is trained stays float32, the arithmetic is dtype's
-        state = {k: v.to(weights) for f in files for k, v in load_file(f).items() if not unread.match(k)}
-        try:
-            missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        except RuntimeError as e:
-            raise SystemExit(f"{folder}: config.json does not fit the weights: {str(e).splitlines()[1].strip()}") from None
-        if missing or unexpected:
-            raise SystemExit(f"{folder} is not this model: {len(missing)} tensors are missing {missing[:3]}, {len(unexpected)} are unknown "
-                             f"{unexpected[:3]}; fetch it again with `hf download`, or check towers and action_slots in config.json.")
+        state, wanted = {k: v.to(weights) for f in files for k, v in load_file(f).items() if not unread.match(k)}, model.state_dict()
+        if wrong := sorted(k for k in state.keys() | wanted if k not in state or k not in wanted or state[k].shape != wanted[k].shape):
+            sys.exit(f"{folder}: its config.json and its weights do not fit, first at {wrong[0]} ({len(wrong)} tensors); fetch it again with `hf download`")
+        model.load_state_dict(state, assign=True)
         model.language_model.model.rotary_emb = LlamaRotaryEmbedding(model.language_model.config)     # float32 whatever dtype is
         if load_in_4bit:
+            lora_rank or not trainable or sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
             model.quantize(dtype)
         model = model.to(device).eval()
         model.compute = dtype
         if lora_rank:
-            from peft import LoraConfig
             model.add_lora(LoraConfig(r=lora_rank, lora_alpha=16, lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
                                       base_model_name_or_path=str(folder.resolve() if Path(path).is_dir() else path)))
         return model if trainable else model.requires_grad_(False)
@@ -223,7 +213,7 @@ class VLA(nn.Module):
         try:
             from bitsandbytes.nn import Linear4bit, Params4bit
         except Exception as e:
-            raise SystemExit(f"--load-in-4bit needs a working bitsandbytes (`pip install bitsandbytes`): {e}") from None
+            sys.exit(f"--load-in-4bit needs a working bitsandbytes (`pip install bitsandbytes`): {e}")
         self.requires_grad_(False).is_loaded_in_4bit = True  # peft looks at this name
         for parent in list(self.language_model.model.modules()):
             for name, old in [c for c in parent.named_children() if type(c[1]) is nn.Linear]:
@@ -234,13 +224,12 @@ class VLA(nn.Module):
 
     def add_lora(self, config, state=None):
         """LoRA on every linear layer, in place, in float32; everything else is frozen."""
-        from peft import inject_adapter_in_model, set_peft_model_state_dict
-        inject_adapter_in_model(config, self)
         self.lora = config
+        inject_adapter_in_model(config, self)
         for p in self.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
         if state and (missing := [k for k in set_peft_model_state_dict(self, state).missing_keys if "lora_" in k]):
-            raise SystemExit(f"the adapter of {config.base_model_name_or_path} lacks {len(missing)} tensors {missing[:3]}")
+            sys.exit(f"the adapter of {config.base_model_name_or_path} lacks {len(missing)} tensors, first {missing[0]}")
 
     def save(self, folder, dtype=None):
         """A checkpoint that load() reads; with LoRA only the adapter, in peft's own format."""
@@ -256,11 +245,10 @@ class VLA(nn.Module):
 
     def must_match(self, other):
         """Student and teacher have to mean the same by a token, or distillation is nonsense."""
-        for what in ("chunk", "action_dim", "parallel", "image"):
-            if getattr(self, what) != getattr(other, what):
-                raise SystemExit(f"student and teacher differ in {what}: {getattr(self, what)} and {getattr(other, what)}")
-        if not np.allclose(self.ranges(), other.ranges()):
-            raise SystemExit("student and teacher un-normalise actions differently: give both the same norm_stats and unnorm_key (config.json)")
+        mine, yours = (dict(chunk=m.chunk, action_dim=m.action_dim, parallel=m.parallel, image=m.image, ranges=np.round(m.ranges(), 6).tolist())
+                       for m in (self, other))
+        if mine != yours:
+            sys.exit("student and teacher differ in " + "; ".join(f"{k}: {mine[k]} and {yours[k]}" for k in mine if mine[k] != yours[k]))
 
     @property
     def device(self):
@@ -279,7 +267,7 @@ class VLA(nn.Module):
             return instructions
         for text in set(instructions) - self.rows.keys():
             if self.tokenizer is None:
-                raise SystemExit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
+                sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
             prompt = self.config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
             row, llama = self.tokenizer(prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
@@ -301,11 +289,10 @@ class VLA(nn.Module):
         e = embed(ids)
         return torch.cat([e[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
-    def hidden(self, x, mask, **kw):
-        return self.language_model.model(inputs_embeds=x, attention_mask=mask, position_ids=mask.cumsum(1)[:, -x.shape[1]:] - 1, **kw).last_hidden_state
-
-    def head(self, h):                               # call it, then slice: slicing its weight would bypass a LoRA adapter
-        return self.language_model.lm_head(h)[..., self.first:self.first + BINS].float()
+    def read(self, x, mask, start, end, **kw):
+        """The 256 logits at positions start:end of what Llama makes of the embeddings x."""
+        h = self.language_model.model(inputs_embeds=x, attention_mask=mask, position_ids=mask.cumsum(1)[:, -x.shape[1]:] - 1, **kw).last_hidden_state
+        return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float()     # slicing its weight would bypass LoRA
 
     def logits(self, images, ids, mask, tokens=None):
         """[B, K, 256] in one pass: of the given action tokens (teacher forcing), or in parallel (which ignores them)."""
@@ -316,49 +303,39 @@ class VLA(nn.Module):
             tail = torch.cat([slots.to(x.dtype).expand(len(x), -1, -1), embed(ids.new_full((len(ids), 1), STOP))], 1)
         else:
             tail = embed(tokens[:, :-1] + self.first)
-        mask = torch.cat([mask, mask.new_ones(tail.shape[:2])], 1)
-        h = self.hidden(torch.cat([x, tail], 1), mask, use_cache=False, **(dict(is_causal=False) if self.parallel else {}))
-        return self.head(h[:, n - 1:n - 1 + self.num_tokens])     # the logits of a token are read one position before it
-
-    def arithmetic(self):
-        return torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32)
+        x, mask, kw = torch.cat([x, tail], 1), torch.cat([mask, mask.new_ones(tail.shape[:2])], 1), dict(is_causal=False) if self.parallel else {}
+        return self.read(x, mask, n - 1, n - 1 + self.num_tokens, use_cache=False, **kw)     # a token's logits are read one position before it
 
     def score(self, images, instructions, tokens=None):
         """Differentiable float32 logits [B, K, 256] of prepared pictures and instructions."""
-        with self.arithmetic():
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
             return self.logits(images, *self.tokenize(instructions), tokens)
 
     @torch.no_grad()
     def act(self, images, instructions, temperature=1., generator=None):
         """Action tokens (0..255) [B, K] and their log-probabilities; temperature 0 is greedy (its log-probabilities are those of 1)."""
         def pick(z):
-            p = (z / temperature).softmax(-1).flatten(0, -2) if temperature else z
-            return torch.multinomial(p, 1, generator=generator).view(z.shape[:-1]) if temperature else z.argmax(-1)
+            logp = (z / (temperature or 1.)).log_softmax(-1)
+            token = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=generator).view(z.shape[:2]) if temperature else z.argmax(-1)
+            return token, logp.gather(-1, token[..., None])[..., 0]
         if self.parallel:
-            z = self.score(images, instructions)
-            tokens = pick(z)
-        else:
-            with self.arithmetic():
-                x, mask = self.prefix(images, *self.tokenize(instructions))
-                cache, tokens, z = DynamicCache(config=self.language_model.config), [], []
-                for _ in range(self.num_tokens):
-                    z.append(self.head(self.hidden(x, mask, past_key_values=cache, use_cache=True)[:, -1]))
-                    tokens.append(pick(z[-1]))
-                    x, mask = self.language_model.model.embed_tokens(tokens[-1][:, None] + self.first), F.pad(mask, (0, 1), value=1)
-            tokens, z = torch.stack(tokens, 1), torch.stack(z, 1)
-        return tokens, (z / (temperature or 1.)).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            return pick(self.score(images, instructions))
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
+            (x, mask), cache, picked = self.prefix(images, *self.tokenize(instructions)), DynamicCache(config=self.language_model.config), []
+            for _ in range(self.num_tokens):
+                picked.append(pick(self.read(x, mask, -1, None, past_key_values=cache, use_cache=True)))
+                x, mask = self.language_model.model.embed_tokens(picked[-1][0] + self.first), F.pad(mask, (0, 1), value=1)
+        return tuple(torch.cat(part, 1) for part in zip(*picked))
 
     def ranges(self):
         """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves)."""
         stats, key = self.config.get("norm_stats"), self.config.get("unnorm_key")
         if not stats:
-            return np.full(self.action_dim, -1.), np.full(self.action_dim, 1.)
+            return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
         if key not in stats:
-            raise SystemExit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the action statistics {sorted(stats)}")
-        stats = stats[key]["action"]
-        mask = np.array(stats.get("mask", [True] * len(stats["q01"])))
-        return np.where(mask, stats["q01"], -1.), np.where(mask, stats["q99"], 1.)
+            sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
+        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
 
     def actions(self, tokens):
         """Tokens [B, K] -> actions [B, chunk, dim] in the robot's units.  A higher token is a lower value; 256 edges make 255 centres."""
@@ -370,53 +347,43 @@ class VLA(nn.Module):
 
 # --- block rollout
 def rollout(env, model, task, init_state, split, temperature, batch_size, generator=None, frames=None):
-    """Plays every (task, init_state) once.  A free environment takes the next one; only active ones are queried.
-
-    Returns a row per query: image, instruction, tokens, logp, mask (tokens that were executed), episode; per episode: success, grasped, length.
-    """
-    playing, queue, rows, seconds = np.full(env.num_envs, -1), list(range(len(task)))[::-1], [], dict(env=0., policy=0.)
-    outcome = {k: np.zeros(len(task), int) for k in ("success", "grasped", "length")}
-    while True:
+    """Plays every (task, init_state) once.  A free environment takes the next one; only active ones are queried.  Returns a row per query: image,
+    instruction, tokens, logp, mask (tokens that were executed), episode; and per episode: success, grasped, length."""
+    playing, queue, rows, outcome, seconds = np.full(env.num_envs, -1), list(range(len(task)))[::-1], [], np.zeros((3, len(task)), int), 0.
+    while queue or (playing >= 0).any():
         start, free = time.time(), np.flatnonzero(playing < 0)[:len(queue)]
         if len(free):
             playing[free] = [queue.pop() for _ in free]
-            obs, _ = env.reset(options=dict(task=np.asarray(task)[playing.clip(0)], init_state=np.asarray(init_state)[playing.clip(0)], split=split,
-                                            mask=np.isin(np.arange(env.num_envs), free)))
-        live = np.flatnonzero(playing >= 0)
-        if not len(live):
-            break
+            which, mask = playing.clip(0), np.isin(np.arange(env.num_envs), free)
+            obs, _ = env.reset(options=dict(task=task[which], init_state=init_state[which], split=split, mask=mask))
+        live, seconds = np.flatnonzero(playing >= 0), seconds + time.time() - start
         images, texts = model.prepare(obs["image"][live]), [obs["instruction"][i] for i in live]
-        asked = time.time()
         parts = [model.act(images[i:i + batch_size], texts[i:i + batch_size], temperature, generator) for i in range(0, len(live), batch_size)]
         tokens, logp = (torch.cat(part).cpu() for part in zip(*parts))
-        answered, actions = time.time(), np.zeros((env.num_envs, model.chunk, model.action_dim), np.float32)
+        start, actions = time.time(), np.zeros((env.num_envs, model.chunk, model.action_dim), np.float32)
         actions[live] = model.actions(tokens)
         obs, _, terminated, truncated, info = env.step(actions)
+        seconds += time.time() - start
         if frames is not None:
             frames.append(obs["image"][:16].copy())
         executed = torch.as_tensor(info["steps"][live])[:, None] > torch.arange(model.num_tokens) // model.action_dim
         rows.append((images, tokens, logp, executed, torch.as_tensor(playing[live]), texts))
-        outcome["length"][playing[live]] += info["steps"][live]
-        over = live[(terminated | truncated)[live]]
-        for k in ("success", "grasped"):
-            outcome[k][playing[over]] = info[k][over]
-        playing[over] = -1
-        seconds["env"], seconds["policy"] = seconds["env"] + asked - start + time.time() - answered, seconds["policy"] + answered - asked
+        outcome[:, playing[live]] = [info["success"][live], info["grasped"][live], outcome[2, playing[live]] + info["steps"][live]]
+        playing[terminated | truncated] = -1
     *tensors, texts = zip(*rows)
     batch = dict(zip(("image", "tokens", "logp", "mask", "episode"), map(torch.cat, tensors)), instruction=[t for part in texts for t in part])
-    return dict(batch, **outcome, seconds=seconds)
+    return dict(batch, **dict(zip(("success", "grasped", "length"), outcome)), env_seconds=seconds)
 
 
 def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed, rank=0, world=1, video=None):
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames = torch.Generator(model.device).manual_seed(seed), [] if video else None
-    env.reset(seed=seed, options=dict(mask=False))
-    played, result = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames), np.zeros((3, len(task)))
-    result[:, rank::world] = played["success"], played["grasped"], played["length"]
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed), [] if video else None, np.zeros((3, len(task)))
+    played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
+    result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
     if video and rank == 0:                          # up to 16 episodes side by side, a frame a query
-        grid = [Image.fromarray(np.concatenate(np.concatenate(f[:len(f) // 2 * 2 or 1].reshape(-1, max(1, len(f) // 2), *f.shape[1:]), 1), 1)) for f in frames]
+        grid = [Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
@@ -431,8 +398,8 @@ def all_sum(x, world):
 def wilson(success, z=1.96):
     """Wilson's 95 % interval of a success rate."""
     n, p = success.size, success.mean()
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (p + z * z / (2 * n) - half) / (1 + z * z / n), (p + z * z / (2 * n) + half) / (1 + z * z / n)
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0., min(p, (centre - half) / (1 + z * z / n))), min(1., max(p, (centre + half) / (1 + z * z / n)))
 # --- end rollout
 
 
@@ -441,30 +408,26 @@ class Run:
     """A run directory: args.json, metrics.csv, curve.png, TensorBoard events, checkpoint/.  Only process 0 writes."""
     def __init__(self, args, name, rank):
         self.dir, self.rank, self.rows = Path(args.run_dir or f"runs/{args.env}-{name}-{args.seed}"), rank, []
-        self.checkpoint, old = self.dir / "checkpoint", self.dir / "checkpoint.old"
-        if old.exists() and not self.checkpoint.exists() and rank == 0:     # killed between the two renames of save()
-            old.rename(self.checkpoint)
-        if args.resume and not self.checkpoint.exists():
-            raise SystemExit(f"nothing to resume: {self.checkpoint} does not exist; start without --resume")
-        if not args.resume and self.checkpoint.exists():
-            raise SystemExit(f"{self.dir} holds a run already: add --resume to go on with it, or choose another --run-dir")
+        self.checkpoint, self.old = self.dir / "checkpoint", self.dir / "checkpoint.old"
+        if self.old.exists() and not self.checkpoint.exists() and rank == 0:     # killed between the two renames of save()
+            self.old.rename(self.checkpoint)
+        if args.resume != self.checkpoint.exists():
+            sys.exit(f"nothing to resume: {self.checkpoint} does not exist; start without --resume" if args.resume else
+                     f"{self.dir} holds a run already: add --resume to go on with it, or choose another --run-dir")
         if rank == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
             (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
             if args.track:
                 import wandb
                 wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
-            from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(str(self.dir))
 
     def log(self, step, metrics):
         if self.rank:
             return
         self.rows.append(dict(step=step, **metrics))
-        with open(self.dir / "metrics.tmp", "w", newline="") as f:
-            table = csv.DictWriter(f, list(dict.fromkeys(k for row in self.rows for k in row)))
-            table.writeheader()
-            table.writerows(self.rows)
+        names = list(dict.fromkeys(k for row in self.rows for k in row))
+        (self.dir / "metrics.tmp").write_text("\n".join(",".join(map(str, r)) for r in (names, *([row.get(k, "") for k in names] for row in self.rows))) + "\n")
         os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         for k, v in metrics.items():
             self.writer.add_scalar(k, v, step)
@@ -473,7 +436,7 @@ class Run:
         """All or nothing: written beside the old checkpoint, flushed to disk, then renamed."""
         if self.rank:
             return
-        new, old = self.dir / "checkpoint.tmp", self.dir / "checkpoint.old"
+        new = self.dir / "checkpoint.tmp"
         try:
             shutil.rmtree(new, ignore_errors=True)
             model.save(new)
@@ -483,23 +446,21 @@ class Run:
             for file in (*new.iterdir(), new):
                 os.fsync(descriptor := os.open(file, os.O_RDONLY))
                 os.close(descriptor)
-        except OSError as e:
-            why = "the disk is full" if e.errno == errno.ENOSPC else e
-            raise SystemExit(f"checkpoint of step {step} not written: {why}; the one before is intact. Make room and run again with --resume.") from None
+        except (OSError, SafetensorError) as e:      # a full disk is either
+            sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', None) or e}); the one before is intact: make room and run again with --resume")
+        shutil.rmtree(self.old, ignore_errors=True)
         if self.checkpoint.exists():
-            self.checkpoint.rename(old)
+            self.checkpoint.rename(self.old)
         new.rename(self.checkpoint)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
 
     def load(self, optimizers):
         """Restores the optimisers and the metrics; returns the step.  An iteration's randomness depends on (seed, iteration, process) alone."""
         progress, saved = json.loads((self.checkpoint / "progress.json").read_text()), load_file(self.checkpoint / "optimizer.safetensors")
         for o, optimizer in enumerate(optimizers):
-            state = {}
-            for k, v in saved.items():
-                owner, i, name = k.split(".")
-                state.setdefault(int(i), {}).update({name: v} if int(owner) == o else {})
-            optimizer.load_state_dict(dict(state={i: s for i, s in state.items() if s}, param_groups=optimizer.state_dict()["param_groups"]))
+            mine = [(*k.split(".")[1:], v) for k, v in saved.items() if k.startswith(f"{o}.")]
+            state = {int(i): {name: v for j, name, v in mine if j == i} for i, _, _ in mine}
+            optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
         self.rows = progress["rows"]
         return progress["step"]
 
@@ -507,10 +468,7 @@ class Run:
         """The curve, with Wilson intervals where it was evaluated, and what came of it."""
         if self.rank:
             return
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-        figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+        axis = (figure := Figure(figsize=(5, 3.2), layout="constrained")).subplots()
         if train := [(r["step"], r["charts/success_rate"]) for r in self.rows if "charts/success_rate" in r]:
             axis.plot(*zip(*train), color="#0072b2", alpha=.5, label="training rollouts, sampled")
         tested = [[r[k] for k in ("step", "charts/eval_success", "charts/eval_low", "charts/eval_high")] for r in self.rows if "charts/eval_success" in r]
@@ -529,14 +487,15 @@ class Run:
 def setup(args):
     """One process, or one of torchrun's."""
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    if args.device.startswith("cuda") and not cuda:
-        raise SystemExit(f"--device {args.device}, but this machine shows no CUDA GPU: use --device cpu, or install a CUDA build of torch")
+    if wrong := [k for k in ("num_envs", "micro_batch_size", "query_batch_size", "temperature", "eval_every") if getattr(args, k, 1) <= 0]:
+        sys.exit(f"--{wrong[0].replace('_', '-')} must be positive")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) or args.device.startswith("cuda") and not cuda:
+        sys.exit(f"--device {args.device}: not auto, cpu or cuda:N, or no GPU here that torch can use; try --device cpu")
     device = torch.device(args.device if args.device != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     return rank, world, device
-
 # --- end setup
 
 
@@ -571,7 +530,7 @@ def main(args):
     rank, world, device = setup(args)
     prompts, episodes = args.batch_prompts // world, args.batch_prompts // world * args.group_size
     if args.batch_prompts % world or not 0 < args.updates_per_rollout <= episodes:
-        raise SystemExit(f"--batch-prompts {args.batch_prompts} must divide among {world} processes and give each at least --updates-per-rollout episodes")
+        sys.exit(f"--batch-prompts {args.batch_prompts} must divide among {world} processes and give each at least --updates-per-rollout episodes")
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "vla_opd", rank)
     origin = str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student")
     student = VLA.load(origin, device, getattr(torch, args.dtype), args.lora_rank, args.load_in_4bit)
@@ -580,7 +539,7 @@ def main(args):
     if args.compile:
         student.logits, teacher.logits = torch.compile(student.logits), torch.compile(teacher.logits)
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.)
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=1e-5, weight_decay=0.)
     first = run.load([optimizer]) if args.resume else 0
 
     def test(video=None):
@@ -631,14 +590,14 @@ def main(args):
         losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()
         metrics = {f"losses/{k}": v / (executed if k != "policy_loss" else args.updates_per_rollout) for k, v in zip(sums, losses)}
         metrics |= {"charts/success_rate": successes / (episodes * world), "charts/env_steps": steps, "charts/queries": queries,
-                    "charts/queries_per_second": queries / (clock[3] - clock[0]), "time/env": batch["seconds"]["env"],
+                    "charts/queries_per_second": queries / (clock[3] - clock[0]), "time/env": batch["env_seconds"],
                     **{f"time/{k}": b - a for k, a, b in zip(("rollout", "teacher", "update"), clock, clock[1:])}}
         last = iteration == args.num_iterations
         if last or iteration % args.eval_every == 0:
             metrics |= test(run.dir / "eval.gif" if last and args.capture_video else None)
         run.log(iteration, metrics)
         run.save(student, [optimizer], iteration)
-        bar.set_postfix({k: f"{metrics[n]:.3f}" for k, n in (("success", "charts/success_rate"), ("kl", "losses/reverse_kl_exact"), ("entropy", "losses/entropy"))})
+        bar.set_postfix({k.split("/")[1]: f"{metrics[k]:.3f}" for k in ("charts/success_rate", "losses/reverse_kl_exact", "losses/entropy")})
     run.finish(f"VLA-OPD on {args.env}")
 
 

@@ -55,23 +55,24 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self.task, self.init_state, self.steps = (np.zeros(num_envs, int) for _ in range(3))
-        self.done, self.succeeded, self.split = np.ones(num_envs, bool), np.zeros(num_envs, bool), "train"
+        self.done, self.succeeded, self.split = np.ones(num_envs, bool), np.zeros(num_envs, bool), np.full(num_envs, "train", object)
+        self.rng = np.random.default_rng(seed)
         self.image, self.instruction = np.zeros((num_envs, suite.image, suite.image, 3), np.uint8), [""] * num_envs
 
     def reset(self, *, seed=None, options=None):
         o = dict(options or {})
-        self.seed = self.seed if seed is None else seed
+        if seed is not None:
+            self.seed, self.rng = seed, np.random.default_rng(seed)
         if unknown := set(o) - {"task", "init_state", "split", "mask"}:
             raise ValueError(f"unknown reset options {sorted(unknown)}: there are task, init_state, split and mask")
-        self.split = o.get("split", "train")
-        if self.split not in self.suite.splits:
-            raise ValueError(f"{self.suite.name} has no split {self.split!r}: there are {', '.join(self.suite.splits)}")
-        rng, mask = np.random.default_rng(self.seed), np.broadcast_to(o.get("mask", True), self.num_envs).astype(bool)
+        split, rng, mask = o.get("split", "train"), self.rng, np.broadcast_to(o.get("mask", True), self.num_envs).astype(bool)
+        if split not in self.suite.splits:
+            raise ValueError(f"{self.suite.name} has no split {split!r}: there are {', '.join(self.suite.splits)}")
         task = np.broadcast_to(o["task"] if o.get("task") is not None else rng.integers(len(self.suite.tasks), size=self.num_envs), self.num_envs)
-        state = np.broadcast_to(o["init_state"] if o.get("init_state") is not None else rng.choice(self.suite.splits[self.split], self.num_envs), self.num_envs)
+        state = np.broadcast_to(o["init_state"] if o.get("init_state") is not None else rng.choice(self.suite.splits[split], self.num_envs), self.num_envs)
         for i in np.flatnonzero(mask):
-            self.task[i], self.init_state[i] = task[i], state[i]
-            self.instruction[i] = self._reset(i, int(task[i]), int(state[i]), self.split)
+            self.task[i], self.init_state[i], self.split[i] = task[i], state[i], split
+            self.instruction[i] = self._reset(i, int(task[i]), int(state[i]), split)
         self.steps[mask], self.done[mask], self.succeeded[mask] = 0, False, False
         self.image[mask] = self._render(mask)
         return self._obs(), self._info(np.zeros(self.num_envs, int))
@@ -131,4 +132,4 @@ def make(env_id, num_envs=1, seed=0, **kwargs):
     if prefix == "tabletop" and name in TABLETOP:
         from envs.tabletop import TabletopEnv
         return TabletopEnv(name, num_envs, seed, **kwargs)
-    raise ValueError(f"unknown environment {env_id!r}; known: {', '.join(known())}")
+    raise SystemExit(f"unknown environment {env_id!r}; known: {', '.join(known())}")

@@ -77,9 +77,9 @@ def scene(name, task, init_state, ood):
         find = lambda k: [t[0] for t in things].index(KINDS.index(k))
         goals = [(what, find(thing), find(target) if target else 0)]
     elif name == "two-arm":
-        plate = put("plate", x=(.35, .8))
-        goals = [(PLACE, put(OBJECTS[task], x=(-.8, -.35)), plate)]
-        put(OBJECTS[(task + rng.integers(1, 10)) % 10], x=(-.8, -.35))
+        plate = put("plate", x=(.46, .8))                                    # neither arm can do it alone
+        goals = [(PLACE, put(OBJECTS[task], x=(-.8, -.4)), plate)]
+        put(OBJECTS[(task + rng.integers(1, 10)) % 10], x=(-.8, -.4))
     else:
         names = list(UNSEEN if name == "multi-object" and ood else OBJECTS)
         if name in ("object", "long"):
@@ -168,9 +168,9 @@ class TabletopEnv(SimulatorEnv):
         """Object (out of distribution: receptacle too) to another free place."""
         for i in rows:
             rng = np.random.default_rng([self.seed, self.task[i], self.init_state[i], 5])
-            for k in [self.goal[i, 0, 1]] + ([self.goal[i, 0, 2]] if self.split == "ood" else []):
+            for k in [self.goal[i, 0, 1]] + ([self.goal[i, 0, 2]] if self.split[i] == "ood" else []):
                 if (self.held[i] != k).all():
-                    others = self.xyz[i, (self.kind[i] > 0) & (np.arange(SLOTS) != k), :2]
+                    others = self.xyz[i, self.kind[i] > 0, :2]               # its own old place among them
                     free = (p for p in rng.uniform((-.8, -.75), (.8, .6), (200, 2)) if (np.hypot(*(others - p).T) > .36).all())
                     self.xyz[i, k, :2] = next(free, self.xyz[i, k, :2])
 
@@ -227,7 +227,7 @@ class TabletopEnv(SimulatorEnv):
             """Blends one sprite per environment, at a quarter pixel."""
             u, v = PAD + 32 + 29 * at[:, 0] - HALF, PAD + 37 - 25 * at[:, 1] - 22 * at[:, 2] - HALF
             q, p = (4 * u).astype(int), (4 * v).astype(int)
-            where = ((np.arange(n) * WIDE + (p >> 2)) * WIDE + (q >> 2))[:, None] + _window()
+            where = ((np.arange(n) * WIDE + (p >> 2)) * WIDE + (q >> 2))[:, None] + WINDOW
             phase = (p & 3) * 4 + (q & 3)
             flat[where] = ((flat[where].astype(np.uint16) * alphas[sprite, phase]) >> 8).astype(np.uint8) + sprites[sprite, phase]
         kind, xyz, hand = self.kind[rows], self.xyz[rows], self.hand[rows]
@@ -244,7 +244,7 @@ class TabletopEnv(SimulatorEnv):
         if self.name.startswith("dynamic"):                                 # a texture, cropped elsewhere at every step
             for j, i in enumerate(rows):
                 rng = np.random.default_rng([self.seed, self.task[i], self.init_state[i], self.steps[i]])
-                which = 0 if self.split != "ood" else 1 + (self.init_state[i] + self.task[i]) % 16
+                which = 0 if self.split[i] != "ood" else 1 + (self.init_state[i] + self.task[i]) % 16
                 y, x = rng.integers(0, SIZE, 2)
                 mixed = picture[j] // 2 + textures[which, y:y + SIZE, x:x + SIZE] // 2
                 mask = True if ground is None else (picture[j] != ground[j, PAD:PAD + SIZE, PAD:PAD + SIZE]).any(-1, keepdims=True)
@@ -262,14 +262,8 @@ class TabletopEnv(SimulatorEnv):
 
 
 KEYPOINTS = list(COLOURS) + list(PLATES[:3]) + list(FIXTURES)                # objects by colour
-HALF, PAD = 12, 24
-WIDE, SHADOW = SIZE + 2 * PAD, len(KINDS)
-HAND = SHADOW + 1
-
-
-@functools.lru_cache(1)
-def _window():
-    return (np.arange(2 * HALF)[:, None] * WIDE + np.arange(2 * HALF)).ravel()
+HALF, PAD, WIDE, SHADOW, HAND = 12, 24, SIZE + 48, len(KINDS), len(KINDS) + 1   # half a sprite, margin and width of the canvas, the sprites after KINDS
+WINDOW = (np.arange(2 * HALF)[:, None] * WIDE + np.arange(2 * HALF)).ravel()
 
 
 @functools.lru_cache(1)
@@ -333,5 +327,22 @@ def _atlas():
         tables[k, PAD + 9] = tables[k, PAD + 9] // 2
     noise = rng.uniform(0, 255, (17, 16, 16, 3)).repeat(8, 1).repeat(8, 2)
     waves = 128 + 120 * np.sin(rng.uniform(-.7, .7, (17, 1, 1, 3)) * np.arange(128)[:, None, None] + rng.uniform(-.7, .7, (17, 1, 1, 3)) * np.arange(128)[:, None])
-    textures = np.where((np.arange(17) % 2)[:, None, None, None] == 0, noise, waves).astype(np.uint8)
-    return colour, alpha, tables, textures
+    textures = np.where((np.arange(17) % 2)[:, None, None, None] == 0, noise, waves) * .5 + 64
+    textures[0] = textures[0].mean(-1, keepdims=True)                        # the training texture is grey, the unseen ones have colours
+    return colour, alpha, tables, textures.astype(np.uint8)
+
+
+if __name__ == "__main__":                                                   # python -m envs.tabletop montage.png: the expert in every suite
+    import sys
+    from PIL import Image
+    strips = []
+    for name, split in [(n, "eval") for n in NAMES] + [(n, "ood") for n in SHIFTS]:
+        env, frames = TabletopEnv(name, 2), []
+        env.reset(options=dict(task=[0, 3], init_state=[401, 402], split=split))
+        for _ in range(5):
+            frames.append(env.image.copy())
+            for _ in range(env.suite.max_steps // 8):
+                env.step(env.expert_action()[:, None])
+        strips.append(np.concatenate(np.stack(frames, 1).reshape(-1, SIZE, SIZE, 3), 1))
+    picture = np.concatenate([np.pad(s, ((0, 2), (0, 0), (0, 0))) for s in strips])
+    Image.fromarray(picture).resize((2 * picture.shape[1], 2 * picture.shape[0]), 0).save(sys.argv[1])

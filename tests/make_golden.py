@@ -15,10 +15,11 @@ FOLDER = Path(__file__).parent / "golden"
 D, HEADS, LAYERS, HIDDEN, VOCAB, SPARE, IMAGE, PATCH = 32, 2, 2, 86, 352, 64, 28, 14
 FIRST, STOP = VOCAB - SPARE - 256, 2
 TOWERS = [("featurizer", 16, 3, 2, 64, True), ("fused_featurizer", 24, 3, 3, 89, False)]     # name, dim, depth, heads, mlp, DINOv2?
+NORMALISE = ((.485, .456, .406), (.229, .224, .225)), ((.5,) * 3, (.5,) * 3)
 STATS = {"toy": {"action": {"q01": [-1, -.5, -2, 0, -.1, -3, 0], "q99": [1, .5, 1, 2, .3, 3, 1], "mask": [True] * 6 + [False]}}}
 CONFIG = dict(model_type="openvla", image_sizes=[IMAGE, IMAGE], pad_to_multiple_of=SPARE, n_action_bins=256, norm_stats=STATS,
-              use_fused_vision_backbone=True, timm_model_ids=["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
-              tiny_vision=[dict(embed_dim=t[1], depth=t[2], num_heads=t[3]) for t in TOWERS],
+              towers=[dict(dim=dim, depth=depth, heads=heads, hidden=mlp, patch=PATCH, registers=4 * dino, mean=mean, std=std)
+                      for (_, dim, depth, heads, mlp, dino), (mean, std) in zip(TOWERS, NORMALISE)],
               text_config=dict(model_type="llama", vocab_size=VOCAB, hidden_size=D, intermediate_size=HIDDEN, num_hidden_layers=LAYERS,
                                num_attention_heads=HEADS, pad_token_id=0))
 
@@ -148,8 +149,7 @@ def llama(w, x, causal):
 def reference(w, image, ids, tokens):
     """uint8 picture, prompt ids (the first is <s>), 7 action tokens to score -> logits autoregressive [7, 256], parallel [14, 256]."""
     w, x = {k: v.astype(np.float64) for k, v in w.items()}, image.astype(np.float64).transpose(2, 0, 1) / 255
-    views = [(x - np.array(m)[:, None, None]) / np.array(s)[:, None, None]
-             for m, s in (((.485, .456, .406), (.229, .224, .225)), ((.5,) * 3, (.5,) * 3))]
+    views = [(x - np.array(m)[:, None, None]) / np.array(s)[:, None, None] for m, s in NORMALISE]
     seen = np.concatenate([tower(w, f"vision_backbone.{t[0]}", v, t[1], t[2], t[3], t[5]) for t, v in zip(TOWERS, views)], 1)
     for i in (1, 2, 3):
         seen = seen @ w[f"projector.fc{i}.weight"].T + w[f"projector.fc{i}.bias"]

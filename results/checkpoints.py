@@ -1,0 +1,38 @@
+"""Evaluates every shipped checkpoint on its suite, and the base on all: results/checkpoints.csv and machine.json."""
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import envs
+
+rows = []
+for env in [e for e in envs.known() if e.startswith("tabletop")]:
+    for role in ("base", "student", "teacher"):
+        folder = HERE.parent / "checkpoints" / ("tabletop-base" if role == "base" else f"{env}-{role}")
+        if not folder.exists() or (role == "base" and env == "tabletop-two-arm"):
+            continue
+        out = HERE.parent / "runs" / f"checkpoints-{env}-{role}"
+        subprocess.run([sys.executable, HERE.parent / "algos" / "evaluate.py", "--checkpoint", folder, "--env", env, "--episodes-per-task", "20",
+                        "--run-dir", out], check=True)
+        played = [int(r["success"]) for r in csv.DictReader((out / "episodes.csv").open()) if r["mode"] == "greedy"]
+        n, p = len(played), sum(played) / len(played)
+        half = 1.96 * (p * (1 - p) / n + 1.96 ** 2 / (4 * n * n)) ** .5
+        low, high = ((p + 1.96 ** 2 / (2 * n) + s * half) / (1 + 1.96 ** 2 / n) for s in (-1, 1))
+        rows.append(dict(env=env, role=role, success=round(100 * p, 2), low=round(100 * max(0, low), 2), high=round(100 * high, 2), episodes=n))
+with open(HERE / "checkpoints.csv", "w", newline="") as f:
+    table = csv.DictWriter(f, list(rows[0]))
+    table.writeheader()
+    table.writerows(rows)
+teacher = next(r for r in rows if r["env"] == "tabletop-object" and r["role"] == "teacher")
+commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy"))
+(HERE / "machine.json").write_text(json.dumps(dict(
+    teacher_success=teacher["success"] / 100, episodes=teacher["episodes"], commit=commit, versions=f"Python {platform.python_version()}, {versions}",
+    machine=f"{os.cpu_count()} cores, {platform.machine()}"), indent=1))

@@ -1,0 +1,69 @@
+"""Runs so small that tests can afford them: random models of a few thousand parameters on tabletop-object."""
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import envs
+import sft
+import vla_opd
+
+ALGOS = Path(__file__).resolve().parents[1] / "algos"
+FEW = dict(batch_prompts=2, group_size=2, num_envs=4, num_iterations=2, updates_per_rollout=2, eval_episodes_per_task=1, device="cpu")
+CHUNK = dict(parallel=4, autoregressive=1)
+
+
+@functools.cache
+def words():
+    return sorted(envs.vocabulary("tabletop-object"))
+
+
+def model(decoding="parallel", seed=0, **kw):
+    made = sft.tiny(words(), **{**dict(decoding=decoding, chunk=CHUNK[decoding], width=32, layers=2, tokens=4, tower=8), **kw})
+    torch.manual_seed(seed)
+    return vla_opd.VLA(made.config, made.tokenizer).eval()
+
+
+def checkpoints(folder, decoding="parallel"):
+    """A student and a teacher that differ, as flags."""
+    for role, seed in (("student", 0), ("teacher", 1)):
+        if not (folder / f"{decoding}-{role}").exists():
+            model(decoding, seed).save(folder / f"{decoding}-{role}")
+    return {role: str(folder / f"{decoding}-{role}") for role in ("student", "teacher")}
+
+
+def no_evaluation(env, model, split, episodes_per_task, *rest):
+    """For tests of something else: evaluation takes most of a tiny run's time."""
+    return np.zeros((3, len(env.suite.tasks), episodes_per_task))
+
+
+def command(script, **flags):
+    words = [f"--{k.replace('_', '-')}" if v is True else f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
+    return [sys.executable, str(ALGOS / script), *words]
+
+
+def start(words, cwd, **kw):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(words, cwd=cwd, env={**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+
+
+def call(words, cwd):
+    """Exit status, what it printed, what it complained."""
+    p = start(words, cwd)
+    try:
+        out, err = p.communicate(timeout=300)
+    finally:
+        p.kill()
+    return p.returncode, out, err
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

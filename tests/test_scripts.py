@@ -1,0 +1,248 @@
+"""The scripts as a user meets them: what a run leaves behind, stopping and going on, and what is said when something is wrong."""
+import csv
+import errno
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import evaluate
+import sft
+import small
+import vla_opd
+
+METRICS = """charts/success_rate charts/eval_success charts/eval_low charts/eval_high charts/env_steps charts/queries charts/queries_per_second
+    losses/policy_loss losses/reverse_kl_exact losses/entropy losses/teacher_agreement losses/approx_kl losses/clipfrac
+    time/rollout time/teacher time/update time/env""".split()
+
+
+def rows(run_dir):
+    return list(csv.DictReader(open(Path(run_dir) / "metrics.csv")))
+
+
+def timeless(run_dir):
+    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "charts/queries_per_second"} for r in rows(run_dir)]
+
+
+def opd(folder, run_dir, decoding="parallel", **kw):
+    """vla_opd.main in this process."""
+    vla_opd.main(vla_opd.Args(**{**small.FEW, **small.checkpoints(folder, decoding), "run_dir": str(folder / run_dir), **kw}))
+    return folder / run_dir
+
+
+def same_weights(a, b, *files):
+    for file in files or ("model", "optimizer"):
+        x, y = (load_file(run / "checkpoint" / f"{file}.safetensors") for run in (a, b))
+        assert x.keys() == y.keys() and len(x) > 10
+        assert not [k for k in x if not torch.equal(x[k], y[k])], file
+
+
+# ------------------------------------------------------------------------------------------------------------- end to end
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+def test_end_to_end(tmp_path, decoding):
+    """From another working directory; then the same seed again, then evaluate.py on what came out."""
+    flags, run = {**small.FEW, **small.checkpoints(tmp_path, decoding)}, tmp_path / "runs" / "tabletop-object-vla_opd-1"
+    status, out, err = small.call(small.command("vla_opd.py", capture_video=True, **flags), tmp_path)
+    assert status == 0 and "Traceback" not in err, err
+    assert str(run.relative_to(tmp_path)) in out and "before:" in out and "after:" in out
+    first, *trained = rows(run)
+    assert [r["step"] for r in (first, *trained)] == ["0", "1", "2"] and first["charts/eval_success"] and trained[1]["charts/eval_success"]
+    assert set(METRICS) | {"step"} == set(first)
+    for row in trained:
+        assert np.isfinite([float(row[k]) for k in METRICS if row[k] or "eval" not in k]).all()
+    assert float(trained[0]["charts/env_steps"]) == 4 * 64 and float(trained[0]["charts/queries"]) == 4 * 64 / small.CHUNK[decoding]
+    assert 4 < float(trained[0]["losses/entropy"]) <= np.log(256) + 1e-4 and float(trained[0]["losses/reverse_kl_exact"]) > .01
+    assert trained[0]["losses/policy_loss"] != trained[1]["losses/policy_loss"]
+    assert json.loads((run / "args.json").read_text())["group_size"] == 2
+    assert (run / "curve.png").read_bytes()[:4] == b"\x89PNG" and (run / "eval.gif").read_bytes()[:3] == b"GIF"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(str(run)).Reload()
+    assert set(board.Tags()["scalars"]) == set(METRICS) and [e.step for e in board.Scalars("losses/entropy")] == [1, 2]
+    before, after = load_file(f"{flags['student']}/model.safetensors"), load_file(run / "checkpoint/model.safetensors")
+    assert before.keys() == after.keys() and all(after[k].isfinite().all() for k in after)
+    assert sum(not torch.equal(before[k], after[k]) for k in before) > .9 * len(before)
+    assert len(load_file(run / "checkpoint/optimizer.safetensors")) == 3 * len(before)
+
+    again = opd(tmp_path, "again", decoding)             # in another process, with the same seed
+    assert timeless(run) == timeless(again)
+    same_weights(run, again)
+    vla_opd.VLA.load(run / "checkpoint")
+    if decoding == "parallel":                           # the other way round for time's sake
+        made = str(run.relative_to(tmp_path) / "checkpoint")
+        status, out, err = small.call(small.command("evaluate.py", checkpoint=made, episodes_per_task=1, num_envs=8), tmp_path)
+        assert status == 0, err
+        assert len(list(csv.DictReader(open(tmp_path / "runs/evaluate-tabletop-object-eval/episodes.csv")))) == 2 * 10
+        other = opd(tmp_path, "other", seed=2)
+        assert timeless(other)[1] != timeless(run)[1]
+
+
+def test_torchrun(tmp_path):
+    """Two processes: one run directory, written by the first; totals are over both."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(small.free_port())]
+    flags = {**small.FEW, **small.checkpoints(tmp_path), "num_iterations": 1, "run_dir": "run"}
+    status, out, err = small.call(words + small.command("vla_opd.py", **flags)[1:], tmp_path)
+    assert status == 0 and "Traceback" not in err, err
+    assert out.count("before:") == 1 and len(list((tmp_path / "run").glob("events.*"))) == 1
+    row = rows(tmp_path / "run")[1]
+    assert set(METRICS) <= set(row) and float(row["charts/env_steps"]) == 4 * 64 and float(row["charts/queries"]) == 4 * 16
+    assert 4 < float(row["losses/entropy"]) <= np.log(256) + 1e-4
+    vla_opd.VLA.load(tmp_path / "run" / "checkpoint")
+
+
+# ----------------------------------------------------------------------------------------------------- stopping, going on
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_resume_is_exact(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(vla_opd, "evaluate", small.no_evaluation)
+    straight = opd(tmp_path, "straight", lora_rank=rank)
+    opd(tmp_path, "parts", lora_rank=rank, num_iterations=1)
+    same = load_file(tmp_path / "parts/checkpoint" / ("adapter_model.safetensors" if rank else "model.safetensors"))
+    parts = opd(tmp_path, "parts", lora_rank=rank, resume=True)
+    same_weights(straight, parts, "adapter_model" if rank else "model", "optimizer")
+    moved = load_file(parts / "checkpoint" / ("adapter_model.safetensors" if rank else "model.safetensors"))
+    assert not all(torch.equal(same[k], moved[k]) for k in same), "the second iteration did nothing"
+    assert timeless(straight)[2] == timeless(parts)[2] and [r["step"] for r in rows(parts)] == ["0", "1", "2"]
+    if rank:
+        assert all("lora_" in k for k in moved) and sum("lora_B" in k and bool(v.any()) for k, v in moved.items()) == len(moved) // 2
+        assert not (parts / "checkpoint/model.safetensors").exists()
+
+
+def test_killed_and_resumed(tmp_path):
+    flags = {**small.FEW, **small.checkpoints(tmp_path), "run_dir": "run", "num_iterations": 500, "eval_every": 500}
+    checkpoint = tmp_path / "run" / "checkpoint" / "progress.json"
+    process = small.start(small.command("vla_opd.py", **flags), tmp_path)
+    try:
+        for _ in range(1200):
+            if checkpoint.exists() or process.poll() is not None:
+                break
+            time.sleep(.1)
+    finally:
+        process.kill()
+        err = process.communicate()[1]
+    assert checkpoint.exists() and process.returncode == -9, err
+    step = json.loads(checkpoint.read_text())["step"]
+    status, out, err = small.call(small.command("vla_opd.py", **{**flags, "num_iterations": 1}), tmp_path)     # forgot --resume
+    assert status == 1 and "Traceback" not in err and "--resume" in (said := err.splitlines()[-1]) and "--run-dir" in said, err
+    straight = opd(tmp_path, "straight", num_iterations=step + 1, eval_every=500)
+    resumed = opd(tmp_path, "run", num_iterations=step + 1, eval_every=500, resume=True)
+    assert [r["step"] for r in rows(resumed)] == [str(i) for i in range(step + 2)]
+    same_weights(straight, resumed)
+
+
+@pytest.mark.parametrize("left", ["checkpoint.old", "checkpoint.tmp"])
+def test_killed_while_saving(tmp_path, monkeypatch, left):
+    """Whatever step of save() it died at: the leftovers do not matter."""
+    monkeypatch.setattr(vla_opd, "evaluate", small.no_evaluation)
+    run = opd(tmp_path, "run", num_iterations=1)
+    if left == "checkpoint.old":                         # between the renames: only the old one is there
+        (run / "checkpoint").rename(run / left)
+        opd(tmp_path, "run", resume=True)
+    shutil.copytree(run / "checkpoint", run / left)      # .old: after the renames, before the old one was removed
+    opd(tmp_path, "run", num_iterations=3, resume=True)
+    assert json.loads((run / "checkpoint/progress.json").read_text())["step"] == 3
+    assert [p.name for p in run.glob("checkpoint*")] == ["checkpoint"]
+
+
+FULL = [OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["python", "safetensors"])
+def test_full_disk(tmp_path, monkeypatch, error):
+    """One sentence, and the checkpoint before is as it was; with room again --resume goes on."""
+    monkeypatch.setattr(vla_opd, "evaluate", small.no_evaluation)
+    run, save = opd(tmp_path, "run", num_iterations=1), vla_opd.save_file
+
+    def full(tensors, path, *a):
+        save(dict(list(tensors.items())[:3]), path, *a)
+        raise error
+    before = {p.name: p.read_bytes() for p in (run / "checkpoint").iterdir()}
+    monkeypatch.setattr(vla_opd, "save_file", full)
+    with pytest.raises(SystemExit, match="disk is full|No space left") as e:
+        opd(tmp_path, "run", resume=True)
+    assert "\n" not in e.value.code and "--resume" in e.value.code
+    assert before == {p.name: p.read_bytes() for p in (run / "checkpoint").iterdir()}
+    monkeypatch.setattr(vla_opd, "save_file", save)
+    opd(tmp_path, "run", resume=True)
+    same_weights(opd(tmp_path, "straight"), run)
+
+
+def test_intervals_hold_the_rate(tmp_path, monkeypatch):
+    """At 0 and 100 % too, to the last bit: finish() draws them, and matplotlib wants no negative error."""
+    for n in range(1, 300):
+        for k in {0, 1, n // 2, n}:
+            success = np.arange(n) < k
+            low, high = vla_opd.wilson(success)
+            assert 0 <= low <= success.mean() <= high <= 1, (n, k)
+    monkeypatch.setattr(vla_opd, "evaluate", lambda *a: small.no_evaluation(*a) + 1)
+    assert (opd(tmp_path, "run", num_iterations=1, eval_episodes_per_task=2) / "curve.png").exists()     # 20 of 20
+
+
+# ----------------------------------------------------------------------------------------------------------------- errors
+def refused(main, args, *words):
+    """A SystemExit with one sentence: Python prints it without a traceback and exits with 1."""
+    with pytest.raises(SystemExit) as e:
+        main(args)
+    said = e.value.code
+    assert isinstance(said, str) and "\n" not in said and 20 < len(said) < 600, said
+    assert not [w for w in words if w not in said], said
+
+
+@pytest.mark.parametrize("module", [vla_opd, sft, evaluate], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("flags,words", [
+    (dict(env="tabletop-nowhere"), ("tabletop-nowhere", "tabletop-object")),
+    (dict(env="nowhere"), ("nowhere", "tabletop-object")),
+    (dict(weights="nobody/nothing"), ("nobody/nothing", "hf download")),
+    (dict(weights="EMPTY"), ("model*.safetensors",)),
+    (dict(device="cuda"), ("--device cuda", "--device cpu")),
+    (dict(device="teapot"), ("teapot",))], ids=lambda x: "-".join(x) + "-" + next(iter(x.values())).replace("/", "_") if isinstance(x, dict) else "")
+def test_one_sentence(tmp_path, monkeypatch, module, flags, words):
+    if flags.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    flags, weights = {"device": "cpu", **flags}, flags.get("weights") or small.checkpoints(tmp_path)["student"]
+    flags.pop("weights", None)
+    key = "checkpoint" if module is evaluate else "student"
+    refused(module.main, module.Args(num_envs=4, **{key: weights}, **flags, run_dir=str(tmp_path / "run")), *words)
+    assert not list(tmp_path.glob("run/checkpoint*"))
+
+
+@pytest.mark.parametrize("flags,words", [
+    (dict(batch_prompts=1, group_size=1, updates_per_rollout=2), ("--batch-prompts", "--updates-per-rollout")),
+    (dict(updates_per_rollout=0), ("--updates-per-rollout",)),
+    (dict(teacher="nobody/nothing"), ("nobody/nothing",)),
+    (dict(resume=True), ("nothing to resume", "--resume")),
+    (dict(temperature=0.), ("--temperature",)),
+    (dict(num_envs=0), ("--num-envs",)),
+    (dict(micro_batch_size=0), ("--micro-batch-size",))], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+def test_one_sentence_opd(tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(vla_opd, "evaluate", small.no_evaluation)
+    refused(lambda _: opd(tmp_path, "run", **flags), None, *words)
+
+
+def test_one_sentence_evaluate(tmp_path):
+    weights = small.checkpoints(tmp_path)["student"]
+    refused(evaluate.main, evaluate.Args(checkpoint=weights, split="ood", run_dir=str(tmp_path)), "ood", "eval")
+
+
+def test_mismatched_teacher_is_refused(tmp_path):
+    small.model(seed=1, chunk=2).save(tmp_path / "other")
+    refused(lambda _: opd(tmp_path, "run", teacher=str(tmp_path / "other")), None, "chunk")
+
+
+def test_command_line_errors(tmp_path):
+    """What the shell sees: flags that do not exist, and a SystemExit's way out."""
+    for words, said in ((small.command("vla_opd.py", group_sizes=3), "group"), (small.command("vla_opd.py", estimator="k3"), "sampled"),
+                        (small.command("vla_opd.py", learning_rate="fast"), "learning-rate"),
+                        (small.command("evaluate.py", checkpoint="nobody/nothing", device="cpu"), "hf download nobody/nothing")):
+        status, out, err = small.call(words, tmp_path)
+        assert status in (1, 2) and said in out + err and "Traceback" not in out + err, out + err
+    assert "hf download" in err.splitlines()[-1] and status == 1        # libraries may have said something before
+    assert not list(tmp_path.iterdir())

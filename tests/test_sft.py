@@ -1,0 +1,183 @@
+"""Supervised fine-tuning: what it learns from and whether it learns; evaluation's numbers."""
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import sft
+import small
+import vla_opd
+
+FEW = dict(num_envs=4, num_iterations=1, demos_per_task=1, eval_episodes_per_task=1, device="cpu", micro_batch_size=4096)
+WINDOWS = sft.windows
+STATS = {"robot": {"action": {"q01": [-3, .1, -1], "q99": [2, .4, 1], "mask": [True, True, False]}}}
+
+
+def demo(T, dim, dirty=(), seed=0, text="pick"):
+    rng = np.random.default_rng(seed)
+    clean = ~np.isin(np.arange(T), dirty)
+    return rng.integers(0, 256, (T, 16, 16, 3), dtype=np.uint8), rng.uniform(-1, 1, (T, dim)).astype(np.float32), clean, text
+
+
+def test_windows_against_brute_force():
+    model = small.model(image=16, chunk=3, action_dim=2)
+    demos = [demo(7, 2, (3,)), demo(2, 2, seed=1, text="place"), demo(5, 2, (4,), 2), demo(4, 2, (0, 1, 2, 3), 3, "never")]
+    images, actions, texts = [], [], []
+    for image, action, clean, text in demos:
+        for t in range(len(image)):
+            window = [min(t + k, len(image) - 1) for k in range(3)]          # past the end the last action repeats
+            if all(clean[w] for w in window):
+                images, texts = images + [image[t]], texts + [text]
+                actions.append([action[w] for w in window])
+    found, words, tokens = sft.windows(demos, model)
+    assert len(texts) == 8 and words == texts and "place" in texts
+    np.testing.assert_array_equal(found.numpy(), np.stack(images))
+    np.testing.assert_allclose(model.actions(tokens), np.array(actions), atol=1 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("stats", [{}, STATS])
+def test_tokens_of_is_the_inverse_of_actions(stats):
+    model = small.model(chunk=2, action_dim=3, norm_stats=stats)
+    tokens = torch.randint(1, 256, (500, 6), generator=torch.Generator().manual_seed(0))     # 0 and 1 mean the same centre
+    assert torch.equal(sft.tokens_of(model, model.actions(tokens)), tokens)
+    low, high = model.ranges()
+    actions = np.random.default_rng(0).uniform(low, high, (500, 2, 3))
+    assert (abs(model.actions(sft.tokens_of(model, actions)) - actions) <= (high - low) / 255 / 2 + 1e-6).all()
+    ends = sft.tokens_of(model, np.stack([np.broadcast_to(x, (2, 3)) for x in (low, high, low - 9, high + 9)]))
+    assert ends.tolist() == [[255] * 6, [0] * 6, [255] * 6, [0] * 6]
+
+
+def test_read_hdf5(tmp_path):
+    """LIBERO's layout: data/demo_i/{actions, obs/agentview_rgb}, the instruction in problem_info."""
+    h5py = pytest.importorskip("h5py")
+    rng, want = np.random.default_rng(0), {}
+    for task, text in enumerate(("pick up the red cube", "open the drawer")):
+        (tmp_path / "suite").mkdir(exist_ok=True)
+        with h5py.File(tmp_path / "suite" / f"{'AB'[task]}_{text.replace(' ', '_')}_demo.hdf5", "w") as f:
+            data = f.create_group("data")
+            if task == 0:                                # LIBERO keeps it as a list of letters; task 1: from the file's name
+                data.attrs["problem_info"] = json.dumps(dict(language_instruction=list(text)))
+            for i in (0, 1, 2, 10):
+                actions = rng.uniform(.1, 1, (6, 7))
+                actions[:, 6] = -1
+                actions[2, :6] = actions[4, :6] = 0      # 2: nothing happens; 4: only the gripper closes
+                actions[4:, 6] = 1
+                images = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+                group = data.create_group(f"demo_{i}")
+                group["actions"], group["obs/agentview_rgb"] = actions, images
+                want[task, i] = images, actions
+    demos = sft.read_hdf5(tmp_path, 3)
+    assert [d[3] for d in demos] == ["pick up the red cube"] * 3 + ["B open the drawer"] * 3
+    kept = [0, 1, 3, 4, 5]
+    for (image, action, clean, _), key in zip(demos, [(t, i) for t in (0, 1) for i in (0, 1, 2)]):
+        np.testing.assert_array_equal(image, want[key][0][kept][:, ::-1, ::-1])
+        np.testing.assert_array_equal(action, want[key][1][kept].astype(np.float32))
+        assert clean.all() and len(clean) == 5
+    assert len(sft.windows(demos, small.model(image=8))[0]) == 30
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="no .*hdf5 in"):
+        sft.read_hdf5(tmp_path / "none", 1)
+
+
+def train(folder, patch, run_dir, **kw):
+    """sft.main's metrics, and the windows it had."""
+    seen = []
+    patch.setattr(sft, "evaluate", small.no_evaluation)
+    patch.setattr(sft, "windows", lambda *a: seen.append(WINDOWS(*a)) or seen[-1])
+    sft.main(sft.Args(**{**FEW, "student": small.checkpoints(folder)["student"], "run_dir": str(folder / run_dir), **kw}))
+    return list(csv.DictReader(open(folder / run_dir / "metrics.csv"))), seen[0]
+
+
+@pytest.mark.parametrize("smoothing", [0., .5, 6.])
+def test_labels(tmp_path, monkeypatch, smoothing):
+    """The first loss is the cross-entropy with Gaussians that sum to 1; with one bin at 0."""
+    rows, (image, text, target) = train(tmp_path, monkeypatch, "run", smoothing=smoothing)
+    model = vla_opd.VLA.load(small.checkpoints(tmp_path)["student"])
+    with torch.no_grad():
+        logp = model.score(image, text, target).log_softmax(-1).double().numpy()
+    if smoothing:
+        label = np.exp(-.5 * ((np.arange(256) - target.numpy()[..., None]) / smoothing) ** 2)
+        label /= label.sum(-1, keepdims=True)
+    else:
+        label = np.arange(256) == target.numpy()[..., None]
+    assert abs(float(rows[0]["losses/policy_loss"]) - -(label * logp).sum(-1).mean()) < 1e-4
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+def test_learns(tmp_path, monkeypatch, decoding):
+    student = small.checkpoints(tmp_path, decoding)["student"]
+    rows, (image, _, target) = train(tmp_path, monkeypatch, "run", student=student, num_iterations=3, micro_batch_size=32, smoothing=0.)
+    loss = [float(r["losses/policy_loss"]) for r in rows]
+    assert len(loss) == 3 and 0 < loss[2] < loss[1] < loss[0] and loss[2] < loss[0] - .5, loss
+    assert 10 * 8 < len(image) == len(target) < 10 * 64  # one demonstration of each of the ten tasks
+
+
+def test_disturbed_demonstrations(tmp_path):
+    """Bursts are marked, and what is written down is what the expert wanted, within -1 and 1."""
+    import envs
+    env = envs.make("tabletop-object", 5, 1)
+    calm, shaken = (sft.play_expert(env, 1, noise, np.random.default_rng(0)) for noise in (0., .7))
+    assert len(calm) == len(shaken) == 10 and sorted(d[3] for d in calm) == sorted(env.suite.tasks)
+    assert all(d[2].all() for d in calm) and .1 < np.mean([d[2].mean() for d in shaken]) < .95
+    assert all(abs(d[1]).max() <= 1 and len(d[0]) == len(d[1]) == len(d[2]) for d in calm + shaken)
+
+
+def test_resume_goes_on_exactly(tmp_path, monkeypatch):
+    """Killed after the first of two iterations; both optimisers go on."""
+    train(tmp_path, monkeypatch, "straight", num_iterations=2, micro_batch_size=64)
+    original = sft.Run.save
+
+    def save_and_die(*a):
+        original(*a)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sft.Run, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, monkeypatch, "broken", num_iterations=2, micro_batch_size=64)
+    monkeypatch.setattr(sft.Run, "save", original)
+    train(tmp_path, monkeypatch, "broken", num_iterations=2, micro_batch_size=64, resume=True)
+    for file in ("model", "optimizer"):
+        a, b = (load_file(tmp_path / name / "checkpoint" / f"{file}.safetensors") for name in ("straight", "broken"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
+    assert {k.split(".")[0] for k in a} == {"0", "1"}    # AdamW and Muon
+
+
+@pytest.mark.parametrize("name", ["tabletop-object", "tabletop-object-pupil", "tabletop-nowhere-student", "libero-base", "libero-object-teacher", "base-"])
+def test_make_with_a_bad_name(name):
+    with pytest.raises(SystemExit, match=f"^--make {name}: not .*tabletop-object") as e:
+        sft.follow_recipe(sft.Args(make=name))
+    assert "\n" not in str(e.value)
+
+
+def test_evaluation_is_repeatable(tmp_path, capsys, monkeypatch):
+    tables, printed, played, original = [], [], [], evaluate.rollout
+    monkeypatch.setattr(evaluate, "rollout", lambda *a, **k: played.append(original(*a, **k)) or played[-1])
+    for i, seed in enumerate((1, 1, 2)):
+        evaluate.main(evaluate.Args(checkpoint=small.checkpoints(tmp_path)["student"], env="tabletop-object", episodes_per_task=2, num_envs=8,
+                                    seed=seed, device="cpu", run_dir=str(tmp_path / str(i))))
+        tables.append(list(csv.DictReader(open(tmp_path / str(i) / "episodes.csv"))))
+        printed.append([line for line in capsys.readouterr().out.splitlines() if "%" in line])
+    assert tables[0] == tables[1] and printed[0] == printed[1] and len(printed[0]) == 2 * 11
+    greedy, sampled = ([p["tokens"] for p in played[i::2]] for i in (0, 1))
+    assert torch.equal(greedy[0], greedy[2]) and torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+    keys = [(r["mode"], int(r["task"]), int(r["init_state"])) for r in tables[0]]
+    assert keys == [(m, t, s) for m in ("greedy", "sampled") for t in range(10) for s in (400, 401)]
+    assert all(r["success"] in "01" and r["grasped"] in "01" and 0 < int(r["steps"]) <= 64 for r in tables[0])
+
+
+def test_evaluation_counts_the_right_episode(tmp_path, monkeypatch):
+    """A policy that succeeds with some tasks and states only, in any order of play."""
+    import envs
+
+    def play(env, model, task, state, split, *rest):
+        return dict(success=(task + state) % 3 == 0, grasped=state == 401, length=10 * task + state)
+    monkeypatch.setattr(evaluate, "rollout", play)
+    env, model = envs.make("tabletop-object", 2), SimpleNamespace(device="cpu")
+    success, grasped, length = evaluate.evaluate(env, model, "eval", 3, 0., 8, 1)
+    for t in range(10):
+        for i, s in enumerate((400, 401, 402)):
+            assert (success[t, i], grasped[t, i], length[t, i]) == ((t + s) % 3 == 0, s == 401, 10 * t + s)
