@@ -16,12 +16,15 @@ from typing import Literal
 import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # envs/ is found from any working directory
 
-# How the shipped checkpoints are made.  The base sees every suite; a student then gets one undisturbed demonstration per task, a teacher as many as it likes.
+# How the shipped checkpoints are made.  The base sees every suite.  A student is the base after one undisturbed demonstration per task of its suite; a
+# teacher is the base after many more of every suite (the expert), then of its own.
 RECIPES = dict(
     base=dict(env="tabletop", demos_per_task=6, fresh_demos=True, num_iterations=44, pretrain_tower=1500, num_envs=64, micro_batch_size=32, demo_noise=.7,
               eval_every=10, eval_episodes_per_task=3),
-    student=dict(student="tabletop-base", demos_per_task=1, num_iterations=20, learning_rate=3e-4, micro_batch_size=32),
-    teacher=dict(student="tabletop-base", demos_per_task=60, fresh_demos=True, num_iterations=8, learning_rate=5e-4, micro_batch_size=32, demo_noise=.7,
+    expert=dict(env="tabletop", student="base", demos_per_task=6, fresh_demos=True, num_iterations=36, num_envs=64, micro_batch_size=32, demo_noise=.7,
+                eval_every=6, eval_episodes_per_task=3),
+    student=dict(student="base", demos_per_task=1, num_iterations=20, learning_rate=3e-4, micro_batch_size=32),
+    teacher=dict(student="expert", demos_per_task=60, fresh_demos=True, num_iterations=4, learning_rate=5e-4, micro_batch_size=32, demo_noise=.7,
                  eval_every=2))
 
 
@@ -605,11 +608,11 @@ def pretrain_tower(model, suite_envs, steps, rng):
 def follow_recipe(args):
     """--make NAME: the flags of its recipe, and the folder the result goes to.  An interrupted one goes on where it was."""
     suite, _, role = args.make.rpartition("-")
-    if role not in RECIPES or suite not in (["tabletop"] if role == "base" else envs.known()):
-        raise SystemExit(f"--make {args.make}: not tabletop-base, ENV-student or ENV-teacher with ENV one of {', '.join(e for e in envs.known() if 'tabletop' in e)}")
+    if role not in RECIPES or suite not in (["tabletop"] if role in ("base", "expert") else envs.known()):
+        raise SystemExit(f"--make {args.make}: not tabletop-base, tabletop-expert, ENV-student or ENV-teacher with ENV one of {', '.join(e for e in envs.known() if 'tabletop' in e)}")
     recipe = dict(dict(env=suite, run_dir=f"runs/make-{args.make}"), **RECIPES[role])
-    if role != "base":
-        recipe["student"] = envs.checkpoint("tabletop", "base")
+    if "student" in recipe:
+        recipe["student"] = envs.checkpoint("tabletop", recipe["student"])
     return replace(args, **recipe, resume=(Path(recipe["run_dir"]) / "checkpoint").exists()), Path(envs.__file__).parents[1] / "checkpoints" / args.make
 
 

@@ -57,10 +57,10 @@ def scene(name, task, init_state, ood):
                 break
         things.append((KINDS.index(kind), p))
         return len(things) - 1
-    near = lambda x, y: (x + rng.uniform(-.08, .08), y + rng.uniform(-.08, .08))
+    near = lambda x, y, by=.12: (x + rng.uniform(-by, by), y + rng.uniform(-by, by))
     if name == "spatial":
         at = {"box": near(-.45, .35), "stove": near(.45, .3), "tray": near(-.35, -.4), "": near(0, -.05)}
-        plate = put("plate", near(.5, -.5))
+        plate = put("plate", near(.45, -.5, .25))
         for kind in ("box", "stove", "tray"):
             put(kind, at[kind])
         one, two = list(RELATIONS.values())[task], list(RELATIONS.values())[(task + rng.integers(1, 10)) % 10]
@@ -70,7 +70,7 @@ def scene(name, task, init_state, ood):
         for kind, at in (("plate", (.35, -.5)), ("stove", (.55, .3)), ("rack", (-.1, .4)), ("cabinet", (-.6, .42))):
             put(kind, near(*at))
         put("handle", things[3][1] - (0, .22)), put("knob", things[1][1] - (0, .3))
-        put("bowl", near(-.05, -.25)), put("bottle" if rng.random() < .5 else "cheese", near(-.55, -.45))
+        put("bowl", near(0, -.3, .3)), put("bottle" if rng.random() < .5 else "cheese", near(-.6, -.4, .3))
         what, thing, target = GOALS[task][1:]
         if thing in ("bottle", "cheese"):
             things[-1] = (KINDS.index(thing), things[-1][1])
