@@ -8,6 +8,7 @@ Writes episodes.csv: one row per episode.
 """
 import csv, json, math, os, re, shutil, sys, time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 import tyro
@@ -86,9 +87,7 @@ class ViT(nn.Module):
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
         if self.registers:
             x = torch.cat([t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)] + [x], 1)
-        for block in self.blocks:
-            x = block(x)
-        return x[:, -self.pos_embed.shape[1]:]
+        return nn.Sequential(*self.blocks)(x)[:, -self.pos_embed.shape[1]:]
 
 
 class ConvTower(nn.Module):
@@ -178,10 +177,8 @@ class VLA(nn.Module):
 
     def quantize(self, dtype):
         """The language model's layers in 4 bits (.to(device) does it), everything frozen; embeddings, lm_head, towers stay as they are."""
-        try:
-            from bitsandbytes.nn import Linear4bit, Params4bit
-        except Exception as e:
-            sys.exit(f"--load-in-4bit needs a working bitsandbytes (`pip install bitsandbytes`): {e}")
+        find_spec("bitsandbytes") or sys.exit("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
+        from bitsandbytes.nn import Linear4bit, Params4bit
         self.requires_grad_(False).is_loaded_in_4bit = True  # peft looks at this name
         for parent in list(self.language_model.model.modules()):
             for name, old in [c for c in parent.named_children() if type(c[1]) is nn.Linear]:
@@ -241,8 +238,8 @@ class VLA(nn.Module):
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
         rows = [self.rows[t] for t in instructions]
         n = max(map(len, rows))
-        ids = torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device)
-        return ids, torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device)
+        return (torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device),
+                torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device))
 
     def prefix(self, images, ids, mask):
         """<s>, the picture's tokens, the prompt.  images: prepared uint8 [B, S, S, 3] (or already normalised [B, 3 * towers, S, S])."""

@@ -11,20 +11,21 @@ A tiny base has no DINOv2 and SigLIP to start from: --pretrain-tower teaches its
 """
 import json, math, os, re, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # envs/ is found from any working directory
 
-# How the shipped checkpoints are made.  The base sees every suite.  A student is the base after one undisturbed demonstration per task of its suite; a
-# teacher is the base after many more of every suite (the expert), then of its own.
+# How the shipped checkpoints are made.  The base sees every suite, in two stages; a student is the base after one undisturbed demonstration per task of its
+# suite (it forgets most recoveries), a teacher the base after many more.
 RECIPES = dict(
-    base=dict(env="tabletop", demos_per_task=6, fresh_demos=True, num_iterations=44, pretrain_tower=1500, num_envs=64, micro_batch_size=32, demo_noise=.7,
-              eval_every=10, eval_episodes_per_task=3),
-    expert=dict(env="tabletop", student="base", demos_per_task=6, fresh_demos=True, num_iterations=36, num_envs=64, micro_batch_size=32, demo_noise=.7,
-                eval_every=6, eval_episodes_per_task=3),
-    student=dict(student="base", demos_per_task=1, num_iterations=20, learning_rate=3e-4, micro_batch_size=32),
-    teacher=dict(student="expert", demos_per_task=60, fresh_demos=True, num_iterations=4, learning_rate=5e-4, micro_batch_size=32, demo_noise=.7,
+    start=dict(env="tabletop", demos_per_task=6, fresh_demos=True, num_iterations=44, pretrain_tower=1500, num_envs=64, micro_batch_size=32, demo_noise=.7,
+               eval_every=10, eval_episodes_per_task=3),
+    base=dict(env="tabletop", student="start", demos_per_task=6, fresh_demos=True, num_iterations=24, num_envs=64, micro_batch_size=32, demo_noise=.7,
+              eval_every=6, eval_episodes_per_task=3),
+    student=dict(student="base", demos_per_task=1, num_iterations=20, learning_rate=1.5e-3, micro_batch_size=32),
+    teacher=dict(student="base", demos_per_task=60, fresh_demos=True, num_iterations=4, learning_rate=5e-4, micro_batch_size=32, demo_noise=.7,
                  eval_every=2))
 
 
@@ -35,7 +36,7 @@ class Args:
     student: str = ""  # checkpoint to start from: a folder or a hub id (default: the suite's own student)
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
-    num_envs: int = 256  # environments played side by side
+    num_envs: int = 512  # environments played side by side
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
     max_grad_norm: float = 1.0  # gradient clipping
@@ -50,7 +51,7 @@ class Args:
     capture_video: bool = False  # write a GIF of the final evaluation
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
-    make: str = ""  # make a shipped checkpoint by its recipe: tabletop-base, tabletop-SUITE-student or tabletop-SUITE-teacher
+    make: str = ""  # make a shipped checkpoint by its recipe: tabletop-base, ENV-student or ENV-teacher
     data: str = ""  # folder of HDF5 demonstrations (LIBERO, robomimic); default: the suite's scripted expert
     demos_per_task: int = 1  # demonstrations per task
     fresh_demos: bool = False  # new demonstrations every iteration (the scripted expert never tires)
@@ -120,9 +121,7 @@ class ViT(nn.Module):
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
         if self.registers:
             x = torch.cat([t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)] + [x], 1)
-        for block in self.blocks:
-            x = block(x)
-        return x[:, -self.pos_embed.shape[1]:]
+        return nn.Sequential(*self.blocks)(x)[:, -self.pos_embed.shape[1]:]
 
 
 class ConvTower(nn.Module):
@@ -212,10 +211,8 @@ class VLA(nn.Module):
 
     def quantize(self, dtype):
         """The language model's layers in 4 bits (.to(device) does it), everything frozen; embeddings, lm_head, towers stay as they are."""
-        try:
-            from bitsandbytes.nn import Linear4bit, Params4bit
-        except Exception as e:
-            sys.exit(f"--load-in-4bit needs a working bitsandbytes (`pip install bitsandbytes`): {e}")
+        find_spec("bitsandbytes") or sys.exit("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
+        from bitsandbytes.nn import Linear4bit, Params4bit
         self.requires_grad_(False).is_loaded_in_4bit = True  # peft looks at this name
         for parent in list(self.language_model.model.modules()):
             for name, old in [c for c in parent.named_children() if type(c[1]) is nn.Linear]:
@@ -275,8 +272,8 @@ class VLA(nn.Module):
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
         rows = [self.rows[t] for t in instructions]
         n = max(map(len, rows))
-        ids = torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device)
-        return ids, torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device)
+        return (torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device),
+                torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device))
 
     def prefix(self, images, ids, mask):
         """<s>, the picture's tokens, the prompt.  images: prepared uint8 [B, S, S, 3] (or already normalised [B, 3 * towers, S, S])."""
@@ -420,6 +417,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
             if args.track:
+                find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
                 import wandb
                 wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
             self.writer = SummaryWriter(str(self.dir))
@@ -608,8 +606,8 @@ def pretrain_tower(model, suite_envs, steps, rng):
 def follow_recipe(args):
     """--make NAME: the flags of its recipe, and the folder the result goes to.  An interrupted one goes on where it was."""
     suite, _, role = args.make.rpartition("-")
-    if role not in RECIPES or suite not in (["tabletop"] if role in ("base", "expert") else envs.known()):
-        raise SystemExit(f"--make {args.make}: not tabletop-base, tabletop-expert, ENV-student or ENV-teacher with ENV one of {', '.join(e for e in envs.known() if 'tabletop' in e)}")
+    if role not in RECIPES or suite not in (["tabletop"] if role in ("start", "base") else envs.known()):
+        raise SystemExit(f"--make {args.make}: not tabletop-start, tabletop-base, ENV-student or ENV-teacher with ENV one of {', '.join(e for e in envs.known() if 'tabletop' in e)}")
     recipe = dict(dict(env=suite, run_dir=f"runs/make-{args.make}"), **RECIPES[role])
     if "student" in recipe:
         recipe["student"] = envs.checkpoint("tabletop", recipe["student"])

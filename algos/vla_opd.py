@@ -21,6 +21,7 @@ What matters, and why
 """
 import json, math, os, re, shutil, sys, time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 import tyro
@@ -34,7 +35,7 @@ class Args:
     student: str = ""  # checkpoint to start from: a folder or a hub id (default: the suite's own student)
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
-    num_envs: int = 256  # environments played side by side
+    num_envs: int = 512  # environments played side by side
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
     max_grad_norm: float = 1.0  # gradient clipping
@@ -51,11 +52,11 @@ class Args:
     # --- end flags
     teacher: str = ""  # frozen teacher: a folder or a hub id (default: the suite's own teacher)
     num_iterations: int = 10  # rollout + update rounds
-    learning_rate: float = 5e-4  # AdamW's, constant
-    batch_prompts: int = 32  # prompts (task and initial state) per iteration, over all processes: the paper's B
+    learning_rate: float = 5e-4  # AdamW's, falling linearly to 0
+    batch_prompts: int = 64  # prompts (task and initial state) per iteration, over all processes: the paper's B
     group_size: int = 8  # trajectories per prompt: the paper's G
     temperature: float = 1.0  # of sampling, and of every probability of student and teacher
-    updates_per_rollout: int = 8  # optimiser steps per rollout, each on its own share of the trajectories
+    updates_per_rollout: int = 16  # optimiser steps per rollout, each on its own share of the trajectories
     estimator: Literal["sampled", "exact"] = "sampled"  # reverse KL from the sampled tokens (the paper), or summed over all 256
     reward: Literal["current", "rollout"] = "current"  # whose log p is in the reward: the policy's now, or that of the rollout (see 4 above)
     loss_agg: Literal["sum", "seq", "token"] = "sum"  # how tokens are added up, see 6 above
@@ -118,9 +119,7 @@ class ViT(nn.Module):
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
         if self.registers:
             x = torch.cat([t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)] + [x], 1)
-        for block in self.blocks:
-            x = block(x)
-        return x[:, -self.pos_embed.shape[1]:]
+        return nn.Sequential(*self.blocks)(x)[:, -self.pos_embed.shape[1]:]
 
 
 class ConvTower(nn.Module):
@@ -210,10 +209,8 @@ class VLA(nn.Module):
 
     def quantize(self, dtype):
         """The language model's layers in 4 bits (.to(device) does it), everything frozen; embeddings, lm_head, towers stay as they are."""
-        try:
-            from bitsandbytes.nn import Linear4bit, Params4bit
-        except Exception as e:
-            sys.exit(f"--load-in-4bit needs a working bitsandbytes (`pip install bitsandbytes`): {e}")
+        find_spec("bitsandbytes") or sys.exit("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
+        from bitsandbytes.nn import Linear4bit, Params4bit
         self.requires_grad_(False).is_loaded_in_4bit = True  # peft looks at this name
         for parent in list(self.language_model.model.modules()):
             for name, old in [c for c in parent.named_children() if type(c[1]) is nn.Linear]:
@@ -273,8 +270,8 @@ class VLA(nn.Module):
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
         rows = [self.rows[t] for t in instructions]
         n = max(map(len, rows))
-        ids = torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device)
-        return ids, torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device)
+        return (torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device),
+                torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device))
 
     def prefix(self, images, ids, mask):
         """<s>, the picture's tokens, the prompt.  images: prepared uint8 [B, S, S, 3] (or already normalised [B, 3 * towers, S, S])."""
@@ -418,6 +415,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
             if args.track:
+                find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
                 import wandb
                 wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
             self.writer = SummaryWriter(str(self.dir))
@@ -567,7 +565,7 @@ def main(args):
         clock.append(time.time())
 
         # Phase 3: policy gradient.  Each optimiser step sees its own share of the trajectories, once.
-        sums = dict(policy_loss=torch.zeros((), device=device))
+        sums, optimizer.param_groups[0]["lr"] = dict(policy_loss=torch.zeros((), device=device)), args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
         for share in torch.from_numpy(rng.permutation(episodes)).tensor_split(args.updates_per_rollout):
             number = torch.full((episodes,), -1).index_put((share,), torch.arange(len(share)))[episode]
             queries = (number >= 0).nonzero()[:, 0]
