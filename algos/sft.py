@@ -447,7 +447,8 @@ class Run:
                 os.fsync(descriptor := os.open(file, os.O_RDONLY))
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
-            sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', None) or e}); the one before is intact: make room and run again with --resume")
+            why = getattr(e, "strerror", None) or e
+            sys.exit(f"checkpoint of step {step} not written ({why}); the one before is intact: make room and run again with --resume")
         shutil.rmtree(self.old, ignore_errors=True)
         if self.checkpoint.exists():
             self.checkpoint.rename(self.old)
@@ -607,7 +608,7 @@ def follow_recipe(args):
     """--make NAME: the flags of its recipe, and the folder the result goes to.  An interrupted one goes on where it was."""
     suite, _, role = args.make.rpartition("-")
     if role not in RECIPES or suite not in (["tabletop"] if role in ("start", "base") else envs.known()):
-        raise SystemExit(f"--make {args.make}: not tabletop-start, tabletop-base, ENV-student or ENV-teacher with ENV one of {', '.join(e for e in envs.known() if 'tabletop' in e)}")
+        raise SystemExit(f"--make {args.make}: not tabletop-start, tabletop-base, ENV-student or ENV-teacher with ENV one of {', '.join(envs.known())}")
     recipe = dict(dict(env=suite, run_dir=f"runs/make-{args.make}"), **RECIPES[role])
     if "student" in recipe:
         recipe["student"] = envs.checkpoint("tabletop", recipe["student"])
@@ -677,7 +678,7 @@ def main(args):
             metrics |= {"charts/eval_success": success.mean(), "charts/eval_low": low, "charts/eval_high": high}
         run.log(iteration, metrics)
         run.save(model, optimizers, iteration)
-        bar.set_postfix(loss=f"{metrics['losses/policy_loss']:.3f}", near=f"{metrics['losses/within_10_bins']:.2f}", success=f"{metrics.get('charts/eval_success', float('nan')):.2f}")
+        bar.set_postfix({k.split("/")[1]: f"{metrics[k]:.3f}" for k in ("losses/policy_loss", "losses/within_10_bins", "charts/eval_success") if k in metrics})
     run.finish(f"SFT on {args.env}")
     if args.make and rank == 0:
         model.save(shipped, torch.float16)

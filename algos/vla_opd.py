@@ -445,7 +445,8 @@ class Run:
                 os.fsync(descriptor := os.open(file, os.O_RDONLY))
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
-            sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', None) or e}); the one before is intact: make room and run again with --resume")
+            why = getattr(e, "strerror", None) or e
+            sys.exit(f"checkpoint of step {step} not written ({why}); the one before is intact: make room and run again with --resume")
         shutil.rmtree(self.old, ignore_errors=True)
         if self.checkpoint.exists():
             self.checkpoint.rename(self.old)
@@ -565,7 +566,8 @@ def main(args):
         clock.append(time.time())
 
         # Phase 3: policy gradient.  Each optimiser step sees its own share of the trajectories, once.
-        sums, optimizer.param_groups[0]["lr"] = dict(policy_loss=torch.zeros((), device=device)), args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+        sums = dict(policy_loss=torch.zeros((), device=device))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
         for share in torch.from_numpy(rng.permutation(episodes)).tensor_split(args.updates_per_rollout):
             number = torch.full((episodes,), -1).index_put((share,), torch.arange(len(share)))[episode]
             queries = (number >= 0).nonzero()[:, 0]
