@@ -15,10 +15,10 @@ run() {      # run NAME SCRIPT FLAGS: into runs/NAME, its metrics to results/NAM
 
 opd() {
     for seed in 1 2 3; do
-        run tabletop-object-opd-sampled-$seed vla_opd.py --seed $seed --eval-every 1
-        run tabletop-object-opd-exact-$seed vla_opd.py --seed $seed --eval-every 1 --estimator exact
+        run tabletop-object-opd-exact-$seed vla_opd.py --seed $seed --eval-every 1
+        run tabletop-object-opd-sampled-$seed vla_opd.py --seed $seed --eval-every 1 --estimator sampled
     done
-    run tabletop-object-opd-rollout-reward-1 vla_opd.py --seed 1 --eval-every 1 --reward rollout
+    run tabletop-object-opd-rollout-reward-1 vla_opd.py --seed 1 --eval-every 1 --estimator sampled --reward rollout
 }
 
 checkpoints() {

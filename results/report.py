@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-NAMES = {"sampled": "sampled reverse KL (the paper)", "exact": "exact reverse KL", "rollout-reward": "sampled, reward of the rollout policy"}
+NAMES = {"exact": "exact reverse KL (default)", "sampled": "sampled reverse KL (the paper)", "rollout-reward": "sampled, reward of the rollout policy"}
 COLOURS = {"sampled": "#0072b2", "exact": "#d55e00", "rollout-reward": "#009e73"}
 
 
