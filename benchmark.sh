@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# ./benchmark.sh [opd|checkpoints|all]: runs what results/README.md shows; interrupted, it goes on where it was.
+# ./benchmark.sh [opd|checkpoints|all]: runs what results/README.md shows; an interrupted training goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")"
-[ -x .venv/bin/python ] || { python3 -m venv .venv && .venv/bin/pip install -r requirements.txt; }
+[ -n "${PYTHON:-}" ] || [ -x .venv/bin/python ] || { python3 -m venv .venv && .venv/bin/pip install -r requirements.txt; }
 python=${PYTHON:-.venv/bin/python}
 
 run() {      # run NAME SCRIPT FLAGS: into runs/NAME, its metrics to results/NAME.csv; a finished one is not run again
     local name=$1 script=$2; shift 2
     [ -e "runs/$name/done" ] && return
-    local resume; resume=$([ -d "runs/$name/checkpoint" ] && echo --resume || true)
+    local resume; resume=$( { [ -d "runs/$name/checkpoint" ] || [ -d "runs/$name/checkpoint.old" ]; } && echo --resume || true)
     "$python" "algos/$script" --run-dir "runs/$name" $resume "$@"
     cp "runs/$name/metrics.csv" "results/$name.csv"; touch "runs/$name/done"
 }

@@ -1,13 +1,13 @@
-"""Evaluation of any checkpoint: greedy and sampled success, per task and overall, with Wilson 95 % intervals; the same seed gives the same numbers.
+"""Evaluation of any checkpoint: greedy and sampled success, per task and overall, with Wilson 95 % intervals; the same seed and flags give the same numbers.
 
     python algos/evaluate.py --checkpoint runs/tabletop-object-vla_opd-1/checkpoint --env tabletop-object
-    python algos/evaluate.py --checkpoint runs/tabletop-init-pose-ppo-1/checkpoint --env tabletop-init-pose --split ood
+    python algos/evaluate.py --checkpoint checkpoints/tabletop-base --env tabletop-init-pose --split ood
 
 Initial states are the first ones of the split ("eval" and "train" are disjoint), the same for every checkpoint, so that comparisons are paired.
 Writes episodes.csv: one row per episode.
 """
-import csv, json, math, os, re, shutil, sys, time
-from dataclasses import asdict, dataclass
+import csv, json, math, os, re, sys, time
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,6 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -204,9 +203,9 @@ class VLA(nn.Module):
             state, name = {"base_model.model." + k.replace(".default.", "."): v for k, v in state.items() if "lora_" in k}, "adapter_model.safetensors"
             self.lora.save_pretrained(folder)
         save_file({k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}, folder / name, {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1))     # last: who waits for a checkpoint waits for this
 
     def must_match(self, other):
         """Student and teacher have to mean the same by a token, or distillation is nonsense."""
@@ -376,7 +375,9 @@ def setup(args):
         sys.exit(f"--{wrong[0].replace('_', '-')} must be positive")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu or cuda:N, or no GPU here that torch can use; try --device cpu")
-    device = torch.device(args.device if args.device != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and args.device in ("auto", "cuda") else args.device.replace("auto", "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)

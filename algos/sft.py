@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a vision-language-action model: makes the base, the students and the teachers that the other scripts start from.
 
     python algos/sft.py --make tabletop-object-student                         # a shipped checkpoint, by its recipe (RECIPES below)
-    python algos/sft.py --env libero-object --student DIR --data FOLDER        # LIBERO's or robomimic's HDF5 demonstrations
+    python algos/sft.py --env ENV --student DIR --data FOLDER                  # LIBERO's or robomimic's HDF5 demonstrations, actions as they are there
     python algos/sft.py --env tabletop-goal --demos-per-task 1                 # a suite's scripted expert
 
 The loss is the cross-entropy of the 256 action tokens; --smoothing spreads each label over neighbouring bins (a Gaussian), which tells the model that
@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # envs/ is foun
 # How the shipped checkpoints are made.  The base sees every suite, in two stages; a student is the base after one undisturbed demonstration per task of its
 # suite (it forgets most recoveries), a teacher the base after many more.
 RECIPES = dict(
-    start=dict(env="tabletop", demos_per_task=6, fresh_demos=True, num_iterations=44, pretrain_tower=1500, num_envs=64, micro_batch_size=32, demo_noise=.7,
+    start=dict(env="tabletop", demos_per_task=6, fresh_demos=True, num_iterations=44, pretrain_tower=1500, num_envs=64, batch_size=32, demo_noise=.7,
                eval_every=10, eval_episodes_per_task=3),
-    base=dict(env="tabletop", student="start", demos_per_task=6, fresh_demos=True, num_iterations=24, num_envs=64, micro_batch_size=32, demo_noise=.7,
+    base=dict(env="tabletop", student="start", demos_per_task=6, fresh_demos=True, num_iterations=24, num_envs=64, batch_size=32, demo_noise=.7,
               eval_every=6, eval_episodes_per_task=3),
-    student=dict(student="base", demos_per_task=1, num_iterations=20, learning_rate=1.5e-3, micro_batch_size=32),
-    teacher=dict(student="base", demos_per_task=60, fresh_demos=True, num_iterations=4, learning_rate=5e-4, micro_batch_size=32, demo_noise=.7,
+    student=dict(student="base", demos_per_task=1, num_iterations=20, learning_rate=1.5e-3, batch_size=32),
+    teacher=dict(student="base", demos_per_task=60, fresh_demos=True, num_iterations=4, learning_rate=5e-4, batch_size=32, demo_noise=.7,
                  eval_every=2))
 
 
@@ -33,10 +33,10 @@ RECIPES = dict(
 class Args:
     # --- block flags
     env: str = "tabletop-object"  # which environment; an unknown name lists all
-    student: str = ""  # checkpoint to start from: a folder or a hub id (default: the suite's own student)
+    student: str = ""  # checkpoint to start from: a folder or a hub id (default: the suite's own; sft.py: a new tiny model)
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
-    num_envs: int = 512  # environments played side by side
+    num_envs: int = 512  # environments played side by side, in every process
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
     max_grad_norm: float = 1.0  # gradient clipping
@@ -44,15 +44,14 @@ class Args:
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank)
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model; trained weights and log-probabilities stay float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
-    compile: bool = False  # torch.compile the model (needs a C++ compiler)
     eval_every: int = 5  # evaluate every so many iterations, and at the end
     eval_episodes_per_task: int = 20  # greedy evaluation episodes per task, on initial states never trained on
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
-    capture_video: bool = False  # write a GIF of the final evaluation
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
-    make: str = ""  # make a shipped checkpoint by its recipe: tabletop-base, ENV-student or ENV-teacher
+    make: str = ""  # make a shipped checkpoint by its recipe, which overrides the other flags: tabletop-base, ENV-student or ENV-teacher
     data: str = ""  # folder of HDF5 demonstrations (LIBERO, robomimic); default: the suite's scripted expert
+    batch_size: int = 128  # samples per optimiser step, in every process
     demos_per_task: int = 1  # demonstrations per task
     fresh_demos: bool = False  # new demonstrations every iteration (the scripted expert never tires)
     demo_noise: float = 0.0  # size of the bursts of random actions in the expert's demonstrations
@@ -238,9 +237,9 @@ class VLA(nn.Module):
             state, name = {"base_model.model." + k.replace(".default.", "."): v for k, v in state.items() if "lora_" in k}, "adapter_model.safetensors"
             self.lora.save_pretrained(folder)
         save_file({k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}, folder / name, {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1))     # last: who waits for a checkpoint waits for this
 
     def must_match(self, other):
         """Student and teacher have to mean the same by a token, or distillation is nonsense."""
@@ -410,6 +409,8 @@ class Run:
         self.checkpoint, self.old = self.dir / "checkpoint", self.dir / "checkpoint.old"
         if self.old.exists() and not self.checkpoint.exists() and rank == 0:     # killed between the two renames of save()
             self.old.rename(self.checkpoint)
+        if dist.is_initialized():
+            dist.barrier()
         if args.resume != self.checkpoint.exists():
             sys.exit(f"nothing to resume: {self.checkpoint} does not exist; start without --resume" if args.resume else
                      f"{self.dir} holds a run already: add --resume to go on with it, or choose another --run-dir")
@@ -479,7 +480,7 @@ class Run:
         axis.legend(frameon=False)
         figure.savefig(self.dir / "curve.png", dpi=150)
         for when, i in (("before", 0), ("after", -1)):
-            print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f}")
+            print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
 # --- end run
 
@@ -492,7 +493,9 @@ def setup(args):
         sys.exit(f"--{wrong[0].replace('_', '-')} must be positive")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu or cuda:N, or no GPU here that torch can use; try --device cpu")
-    device = torch.device(args.device if args.device != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and args.device in ("auto", "cuda") else args.device.replace("auto", "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
@@ -589,10 +592,10 @@ def pretrain_tower(model, suite_envs, steps, rng):
     for step in tqdm(range(steps), desc="tower", dynamic_ncols=True):
         image, name, at = frames[rng.integers(len(frames))]
         pick = rng.integers(len(image), size=64)
-        image, name, at = torch.from_numpy(image[pick]), torch.from_numpy(name[pick]), torch.from_numpy(at[pick]).float()
+        image, name, at = (torch.from_numpy(v[pick]).to(tower.sharpness.device) for v in (image, name, at))
         x = (image.permute(0, 3, 1, 2).float() / 255 - .5) / .25
         log_heat, side = (tower.heatmaps(tower.features(x)).flatten(2) * tower.sharpness.exp()).log_softmax(-1), image.shape[1] // 4
-        cell, (e, j) = ((at - 1.5) / 4).clamp(0, side - 1.001), (name >= 0).nonzero(as_tuple=True)
+        cell, (e, j) = ((at.float() - 1.5) / 4).clamp(0, side - 1.001), (name >= 0).nonzero(as_tuple=True)
         corner, loss = cell.floor().long()[e, j], 0.
         part = cell[e, j] - corner
         for dx, dy in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -609,6 +612,8 @@ def follow_recipe(args):
     suite, _, role = args.make.rpartition("-")
     if role not in RECIPES or suite not in (["tabletop"] if role in ("start", "base") else envs.known()):
         raise SystemExit(f"--make {args.make}: not tabletop-start, tabletop-base, ENV-student or ENV-teacher with ENV one of {', '.join(envs.known())}")
+    if suite == "tabletop-two-arm":
+        raise SystemExit("tabletop-two-arm has no recipe: the base has 7-dim actions, this suite 14; train with --env tabletop-two-arm --fresh-demos")
     recipe = dict(dict(env=suite, run_dir=f"runs/make-{args.make}"), **RECIPES[role])
     if "student" in recipe:
         recipe["student"] = envs.checkpoint("tabletop", recipe["student"])
@@ -630,15 +635,16 @@ def main(args):
             state = {k: v for k, v in model.state_dict().items() if k != "action_slots"}
             model = VLA(model.config, model.tokenizer).to(device).eval()
             model.load_state_dict(state, strict=False)
+            model.compute = getattr(torch, args.dtype)
     else:
         words = sorted({w for e in envs.known() if e.startswith("tabletop-") for w in envs.vocabulary(e)})
         model = tiny(words, env.suite.image, env.suite.action_dim, env.suite.chunk, args.decoding).to(device).eval()
         if args.pretrain_tower:
             pretrain_tower(model, suite_envs, args.pretrain_tower, rng)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".layers." in n]
+    matrices = [p for n, p in model.named_parameters() if not model.lora and p.ndim == 2 and ".layers." in n]
     optimizers = [torch.optim.AdamW([p for p in parameters if not any(p is m for m in matrices)], args.learning_rate, betas=(.9, .99), weight_decay=.01)]
-    if not args.lora_rank:                               # Muon for the transformer's matrices: the tiny model needs 1.7x fewer samples
+    if matrices:                                         # Muon for the transformer's matrices: the tiny model needs 1.7x fewer samples
         optimizers.append(torch.optim.Muon(matrices, 10 * args.learning_rate, weight_decay=.01))
     first = run.load(optimizers) if args.resume else 0
     bins = torch.arange(BINS, device=device)
@@ -654,8 +660,8 @@ def main(args):
         image, text, target = windows(demos, model)
         collected, order = time.time(), torch.from_numpy(np.random.default_rng([args.seed, iteration]).permutation(len(target) // world * world)[rank::world])
         losses, hits = [], []
-        for part in order.split(args.micro_batch_size):
-            scale = (1 - (iteration - 1 + len(losses) * args.micro_batch_size / len(order)) / args.num_iterations)
+        for part in order.split(args.batch_size):
+            scale = (1 - (iteration - 1 + len(losses) * args.batch_size / len(order)) / args.num_iterations)
             logp = model.score(image[part], [text[i] for i in part], target[part].to(device)).log_softmax(-1)
             loss = -(labels[target[part].to(device)] * logp).sum(-1).mean()
             (loss / world).backward()

@@ -1,23 +1,23 @@
 """VLA-OPD: on-policy distillation of a vision-language-action model by reverse KL, in one file.
 
     python algos/vla_opd.py --env tabletop-object                       # a laptop: 2 cores, minutes
-    torchrun --nproc-per-node 8 algos/vla_opd.py --env libero-object --lora-rank 32 --dtype bfloat16
+    torchrun --nproc-per-node 8 algos/vla_opd.py --env ENV --student 7B --teacher 7B --lora-rank 32 --dtype bfloat16 --learning-rate 2e-6 --temperature 1.6
 
 Algorithm 1 of VLA-OPD (irpn-lab.github.io/VLA-OPD): the student plays, the frozen teacher scores the very same tokens at the very same states, and the
-student follows the policy gradient of the reward r = log q(a|s) - log p(a|s), p the student, q the teacher.
+student follows the policy gradient of the reward r = log q(a|s) - log p(a|s), p the student, q the teacher; each token has its own r, no return.
 
 What matters, and why
  1. r is used raw: no baseline, no group mean, no whitening.  It is zero where the two agree; any normalisation would destroy that.
  2. r carries no gradient.  grad KL(p||q) = -E_p[r grad log p] exactly: the term through r has mean zero.
  3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, the teacher's too.
- 4. A rollout serves several optimiser steps (--updates-per-rollout).  From the second on its samples are off-policy: the ratio p/p_old keeps the
-    estimate unbiased, with r of the current p.  With the r of the rollout (--reward rollout) the surrogate E_old[p/p_old r] is linear in p, so it is
-    best for a student that puts everything on its luckiest token.
+ 4. A rollout serves several optimiser steps (--updates-per-rollout; 1 is Algorithm 1).  From the second on its samples are off-policy: the ratio p/p_old
+    keeps the estimate unbiased for a token at its state, if r is that of the current p.  With the r of the rollout (--reward rollout) the surrogate
+    E_old[p/p_old r] is linear in p, so it is best for a student that puts everything on its luckiest token.
  5. --estimator sampled is the paper's.  The default, exact, sums over all 256 tokens instead: the same expectation at the visited states without the
     sampling noise, and it learns several times faster (results/).  The k3 estimator is no loss: its gradient is the forward KL's.
- 6. --loss-agg sum is the paper's: (1/BG) sum over trajectories, time and tokens, so long episodes weigh more; seq: the mean over a trajectory's tokens;
-    token: the mean over all tokens.  Tokens behind the episode's end, inside a chunk too, are no part of the trajectory: weight 0.
- 7. Not in the paper, measured here on tabletop-object: learning rate, temperature, optimiser steps per rollout (results/ has the curves).
+ 6. --loss-agg sum is the paper's: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq: of the
+    mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind the episode's end, inside a chunk too, are no part of the trajectory: weight 0.
+ 7. Learning rate, temperature and optimiser steps per rollout are not in the paper; the defaults suit the tiny model.
 """
 import json, math, os, re, shutil, sys, time
 from dataclasses import asdict, dataclass
@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # envs/ is foun
 class Args:
     # --- block flags
     env: str = "tabletop-object"  # which environment; an unknown name lists all
-    student: str = ""  # checkpoint to start from: a folder or a hub id (default: the suite's own student)
+    student: str = ""  # checkpoint to start from: a folder or a hub id (default: the suite's own; sft.py: a new tiny model)
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
-    num_envs: int = 512  # environments played side by side
+    num_envs: int = 512  # environments played side by side, in every process
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
     max_grad_norm: float = 1.0  # gradient clipping
@@ -43,16 +43,16 @@ class Args:
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank)
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model; trained weights and log-probabilities stay float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
-    compile: bool = False  # torch.compile the model (needs a C++ compiler)
     eval_every: int = 5  # evaluate every so many iterations, and at the end
     eval_episodes_per_task: int = 20  # greedy evaluation episodes per task, on initial states never trained on
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
-    capture_video: bool = False  # write a GIF of the final evaluation
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
+    compile: bool = False  # torch.compile student and teacher (needs a C++ compiler)
+    capture_video: bool = False  # write a GIF of the final evaluation
     teacher: str = ""  # frozen teacher: a folder or a hub id (default: the suite's own teacher)
     num_iterations: int = 10  # rollout + update rounds
-    learning_rate: float = 5e-4  # AdamW's, falling linearly to 0
+    learning_rate: float = 5e-4  # AdamW's, falling linearly
     batch_prompts: int = 64  # prompts (task and initial state) per iteration, over all processes: the paper's B
     group_size: int = 8  # trajectories per prompt: the paper's G
     temperature: float = 1.0  # of sampling, and of every probability of student and teacher
@@ -236,9 +236,9 @@ class VLA(nn.Module):
             state, name = {"base_model.model." + k.replace(".default.", "."): v for k, v in state.items() if "lora_" in k}, "adapter_model.safetensors"
             self.lora.save_pretrained(folder)
         save_file({k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}, folder / name, {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1))     # last: who waits for a checkpoint waits for this
 
     def must_match(self, other):
         """Student and teacher have to mean the same by a token, or distillation is nonsense."""
@@ -408,6 +408,8 @@ class Run:
         self.checkpoint, self.old = self.dir / "checkpoint", self.dir / "checkpoint.old"
         if self.old.exists() and not self.checkpoint.exists() and rank == 0:     # killed between the two renames of save()
             self.old.rename(self.checkpoint)
+        if dist.is_initialized():
+            dist.barrier()
         if args.resume != self.checkpoint.exists():
             sys.exit(f"nothing to resume: {self.checkpoint} does not exist; start without --resume" if args.resume else
                      f"{self.dir} holds a run already: add --resume to go on with it, or choose another --run-dir")
@@ -477,7 +479,7 @@ class Run:
         axis.legend(frameon=False)
         figure.savefig(self.dir / "curve.png", dpi=150)
         for when, i in (("before", 0), ("after", -1)):
-            print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f}")
+            print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
 # --- end run
 
@@ -490,7 +492,9 @@ def setup(args):
         sys.exit(f"--{wrong[0].replace('_', '-')} must be positive")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu or cuda:N, or no GPU here that torch can use; try --device cpu")
-    device = torch.device(args.device if args.device != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and args.device in ("auto", "cuda") else args.device.replace("auto", "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
@@ -569,9 +573,9 @@ def main(args):
         sums = dict(policy_loss=torch.zeros((), device=device))
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
         for share in torch.from_numpy(rng.permutation(episodes)).tensor_split(args.updates_per_rollout):
-            number = torch.full((episodes,), -1).index_put((share,), torch.arange(len(share)))[episode]
-            queries = (number >= 0).nonzero()[:, 0]
-            weight = token_weights(batch["mask"][queries], number[queries], len(share), args.loss_agg, world).to(device)
+            in_share = torch.full((episodes,), -1).index_put((share,), torch.arange(len(share)))[episode]
+            queries = (in_share >= 0).nonzero()[:, 0]
+            weight = token_weights(batch["mask"][queries], in_share[queries], len(share), args.loss_agg, world).to(device)
             for i, w in zip(queries.split(args.micro_batch_size), weight.split(args.micro_batch_size)):
                 loss, logged = reverse_kl_loss(student.score(image[i], [text[j] for j in i], tokens[i]), teacher_logp[i], tokens[i], old_logp[i], w, args)
                 loss.backward()
@@ -579,7 +583,7 @@ def main(args):
                 for k, v in logged.items():
                     sums[k] = sums.get(k, 0) + (v * (w > 0)).sum()
             for p in parameters:
-                all_sum(p.grad, world)
+                all_sum(p.grad, world) if p.grad is not None else None
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -3,7 +3,7 @@
 To add a simulator, write `class MyEnv(SimulatorEnv)` and add its prefix to `make` below.  Its constructor calls
     super().__init__(Suite(name, tasks, splits, max_steps, action_dim, chunk, image), num_envs, seed)
       tasks    the instructions, one a task
-      splits   {"train": [...], "eval": [...]} initial states (integers), disjoint; shifted suites have an "ood" split as well
+      splits   {"train": [...], "eval": [...]} initial states (integers), disjoint; shifted suites have an "ood" split as well, with scenes of its own
 and it has these methods, over all environments at once, where `live` is a boolean mask of those that count:
     _reset(i, task, init_state, split)   put environment i into that state, return its instruction; the same arguments always give the same state
     _step(action [N, dim], live)         one step of the live ones; returns who has just succeeded, [N] bool
@@ -78,7 +78,9 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
         return self._obs(), self._info(np.zeros(self.num_envs, int))
 
     def step(self, actions):
-        actions = np.clip(np.asarray(actions, float).reshape(self.num_envs, -1, self.suite.action_dim), -1, 1)
+        actions = np.clip(np.asarray(actions, float), -1, 1)
+        if actions.ndim != 3 or actions.shape[::2] != (self.num_envs, self.suite.action_dim):
+            raise ValueError(f"{self.suite.name} takes actions [{self.num_envs}, chunk, {self.suite.action_dim}], not {list(actions.shape)}")
         started, before, was = ~self.done, self.steps.copy(), self.succeeded.copy()
         for action in actions.swapaxes(0, 1):
             live = ~self.done
@@ -107,7 +109,7 @@ def checkpoint(env_id, role):
     if name in CHECKPOINTS:
         return CHECKPOINTS[name]
     if not env_id.startswith("tabletop"):
-        raise SystemExit(f"{env_id} has no default {role}: pass --{role} with a folder or a hub id")
+        raise SystemExit(f"{env_id} has no default {role}: name a folder or a hub id")
     folder, command = root / "checkpoints" / name, [sys.executable, str(root / "algos" / "sft.py"), "--make", name]
     if not (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
         print(f"{folder} is missing; making it, in minutes (its base, if missing too, takes an hour): {' '.join(command)}", flush=True)

@@ -14,7 +14,7 @@ import sync_blocks
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "algos").glob("*.py"))
 SOURCES = SCRIPTS + sorted((ROOT / "envs").glob("*.py"))
-LIMITS = {"algos/vla_opd.py": 605, "envs/__init__.py": 150, "envs/tabletop.py": 350}
+LIMITS = {"algos/vla_opd.py": 610, "envs/__init__.py": 150, "envs/tabletop.py": 350}
 by_name = pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
 

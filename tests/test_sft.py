@@ -13,7 +13,7 @@ import sft
 import small
 import vla_opd
 
-FEW = dict(num_envs=4, num_iterations=1, demos_per_task=1, eval_episodes_per_task=1, device="cpu", micro_batch_size=4096)
+FEW = dict(num_envs=4, num_iterations=1, demos_per_task=1, eval_episodes_per_task=1, device="cpu", batch_size=4096)
 WINDOWS = sft.windows
 STATS = {"robot": {"action": {"q01": [-3, .1, -1], "q99": [2, .4, 1], "mask": [True, True, False]}}}
 
@@ -111,7 +111,7 @@ def test_labels(tmp_path, monkeypatch, smoothing):
 @pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
 def test_learns(tmp_path, monkeypatch, decoding):
     student = small.checkpoints(tmp_path, decoding)["student"]
-    rows, (image, _, target) = train(tmp_path, monkeypatch, "run", student=student, num_iterations=3, micro_batch_size=32, smoothing=0.)
+    rows, (image, _, target) = train(tmp_path, monkeypatch, "run", student=student, num_iterations=3, batch_size=32, smoothing=0.)
     loss = [float(r["losses/policy_loss"]) for r in rows]
     assert len(loss) == 3 and 0 < loss[2] < loss[1] < loss[0] and loss[2] < loss[0] - .5, loss
     assert 10 * 8 < len(image) == len(target) < 10 * 64  # one demonstration of each of the ten tasks
@@ -129,7 +129,7 @@ def test_disturbed_demonstrations(tmp_path):
 
 def test_resume_goes_on_exactly(tmp_path, monkeypatch):
     """Killed after the first of two iterations; both optimisers go on."""
-    train(tmp_path, monkeypatch, "straight", num_iterations=2, micro_batch_size=64)
+    train(tmp_path, monkeypatch, "straight", num_iterations=2, batch_size=64)
     original = sft.Run.save
 
     def save_and_die(*a):
@@ -137,9 +137,9 @@ def test_resume_goes_on_exactly(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(sft.Run, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, monkeypatch, "broken", num_iterations=2, micro_batch_size=64)
+        train(tmp_path, monkeypatch, "broken", num_iterations=2, batch_size=64)
     monkeypatch.setattr(sft.Run, "save", original)
-    train(tmp_path, monkeypatch, "broken", num_iterations=2, micro_batch_size=64, resume=True)
+    train(tmp_path, monkeypatch, "broken", num_iterations=2, batch_size=64, resume=True)
     for file in ("model", "optimizer"):
         a, b = (load_file(tmp_path / name / "checkpoint" / f"{file}.safetensors") for name in ("straight", "broken"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
