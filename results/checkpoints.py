@@ -19,8 +19,10 @@ for env in [e for e in envs.known() if e.startswith("tabletop")]:
         if not folder.exists() or (role == "base" and env == "tabletop-two-arm"):
             continue
         out = HERE.parent / "runs" / f"checkpoints-{env}-{role}"
-        subprocess.run([sys.executable, HERE.parent / "algos" / "evaluate.py", "--checkpoint", folder, "--env", env, "--episodes-per-task", "20",
-                        "--run-dir", out], check=True)
+        done = out / "episodes.csv"                      # an evaluation younger than its checkpoint is not made again
+        if not done.exists() or done.stat().st_mtime < (folder / "model.safetensors").stat().st_mtime:
+            subprocess.run([sys.executable, HERE.parent / "algos" / "evaluate.py", "--checkpoint", folder, "--env", env, "--episodes-per-task", "20",
+                            "--run-dir", out], check=True)
         played = [int(r["success"]) for r in csv.DictReader((out / "episodes.csv").open()) if r["mode"] == "greedy"]
         n, p = len(played), sum(played) / len(played)
         half = 1.96 * (p * (1 - p) / n + 1.96 ** 2 / (4 * n * n)) ** .5
