@@ -540,7 +540,7 @@ def play_expert(env, demos_per_task, noise, rng):
 
 
 def read_hdf5(folder, demos_per_task):
-    """The same from LIBERO's or robomimic's files, one a task."""
+    """The same from LIBERO's or robomimic's files, one a task; envs/libero.py's hold keypoints as well, {name: places [T, 2]}."""
     import h5py
     from envs.libero_worker import gripper, picture
     demos, files = [], sorted(Path(folder).glob("**/*.hdf5"))
@@ -555,18 +555,20 @@ def read_hdf5(folder, demos_per_task):
                 upside_down = "agentview_rgb" in demo["obs"]                             # LIBERO's, not robomimic's
                 images = demo["obs"]["agentview_rgb" if upside_down else "agentview_image"][:]
                 actions = demo["actions"][:].astype(np.float32)
+                clean = demo["clean"][:] if "clean" in demo else np.ones(len(actions), bool)
+                points = demo["obs"].get("keypoints", np.zeros((len(actions), 0, 2)))
                 moving = (np.abs(actions[:, :6]) > 1e-4).any(1) | (np.diff(actions[:, 6], prepend=actions[:1, 6]) != 0)     # OpenVLA drops no-ops
-                images, actions = images[moving], actions[moving]
+                images, actions, clean = images[moving], actions[moving], clean[moving]
                 if upside_down:                          # what envs/libero.py shows, and what the published checkpoints say: 0 closes, 1 opens
                     images, actions[:, 6] = np.stack([picture(image) for image in images]), gripper(actions[:, 6])
-                demos.append((images, actions, np.ones(len(actions), bool), "".join(text)))
+                demos.append((images, actions, clean, "".join(text), {n: points[moving][:, i] for i, n in enumerate(getattr(points, "attrs", {}).get("names", ()))}))
     return demos
 
 
 def windows(demos, model):
     """Every frame with the chunk of actions that follows; past the end the last action repeats."""
     images, actions, texts = [], [], []
-    for image, action, clean, text in demos:
+    for image, action, clean, text, *_ in demos:
         index = np.minimum(np.arange(len(image))[:, None] + np.arange(model.chunk), len(image) - 1)
         good = clean[index].all(1)
         images.append(model.prepare(np.ascontiguousarray(image[good])))
@@ -575,16 +577,30 @@ def windows(demos, model):
     return torch.cat(images), texts, tokens_of(model, np.concatenate(actions))
 
 
-def pretrain_tower(model, suite_envs, steps, rng):
-    """The tiny tower's heatmaps learn to point at things (bilinear over the four nearest cells): what DINOv2 and SigLIP bring to OpenVLA."""
-    tower, frames = model.vision_backbone["featurizer"], []
-    optimizer = torch.optim.AdamW(tower.parameters(), 2e-3, betas=(.9, .99))
+def look_around(suite_envs, rng):
+    """Pictures and what is where in them: (images, index of a keypoint or -1 [N, things], pixels (x, y) [N, things, 2]) a suite and moment."""
     for env in suite_envs:
         env.reset()
         for _ in range(8):
-            frames.append((env.image.copy(), *env.keypoints()))
+            yield env.image.copy(), *env.keypoints()
             noise = .5 * rng.standard_normal((env.num_envs, 5, env.suite.action_dim))
             env.step(np.where(rng.random() < .8, env.expert_action()[:, None], 0) + noise)
+
+
+def look_at(demos, model):
+    """The same of demonstrations with keypoints, all in one."""
+    names = sorted({name for *_, points in demos for name in points})
+    if not 0 < len(names) <= model.towers[0]["tokens"]:
+        raise SystemExit(f"--pretrain-tower: the demonstrations have {len(names)} keypoints, not 1 to {model.towers[0]['tokens']}: python -m envs.libero --demos writes some")
+    at = np.concatenate([np.stack([points.get(name, np.full((len(image), 2), -1.)) for name in names], 1) for image, *_, points in demos])
+    seen = ((at > 0) & (at < 1)).all(-1)
+    return [(torch.cat([model.prepare(image) for image, *_ in demos]).numpy(), np.where(seen, np.arange(len(names)), -1), at * model.image)]
+
+
+def pretrain_tower(model, frames, steps, rng):
+    """The tiny tower's heatmaps learn to point at things (bilinear over the four nearest cells): what DINOv2 and SigLIP bring to OpenVLA."""
+    tower, frames = model.vision_backbone["featurizer"], list(frames)
+    optimizer = torch.optim.AdamW(tower.parameters(), 2e-3, betas=(.9, .99))
     for step in tqdm(range(steps), desc="tower", dynamic_ncols=True):
         image, name, at = frames[rng.integers(len(frames))]
         pick = rng.integers(len(image), size=64)
@@ -621,7 +637,7 @@ def main(args):
     names = [e for e in envs.known() if e.startswith("tabletop-") and e != "tabletop-two-arm"] if args.env == "tabletop" else [args.env]
     suite_envs = [envs.make(name, args.num_envs, args.seed) for name in names]
     env, rng = suite_envs[0], np.random.default_rng(args.seed)
-    run = Run(args, "sft", rank)
+    run, demos = Run(args, "sft", rank), read_hdf5(args.data, args.demos_per_task) if args.data else []
     if args.resume or args.student:
         model = VLA.load(str(run.checkpoint) if args.resume else args.student, device, getattr(torch, args.dtype), args.lora_rank, args.load_in_4bit)
         if model.action_dim != env.suite.action_dim:     # another robot: its own action slots
@@ -634,7 +650,7 @@ def main(args):
         words = sorted({w for e in {*envs.known(), *names} for w in envs.vocabulary(e)})
         model = tiny(words, min(env.suite.image, 96), env.suite.action_dim, env.suite.chunk, args.decoding).to(device).eval()
         if args.pretrain_tower:
-            pretrain_tower(model, suite_envs, args.pretrain_tower, rng)
+            pretrain_tower(model, look_at(demos, model) if args.data else look_around(suite_envs, rng), args.pretrain_tower, rng)
     parameters = [p for p in model.parameters() if p.requires_grad]
     [dist.broadcast(p.data, 0) for p in parameters if world > 1]     # every process starts from the same weights
     matrices = [p for n, p in model.named_parameters() if not model.lora and p.ndim == 2 and ".layers." in n]
@@ -644,7 +660,6 @@ def main(args):
     first = run.load(optimizers) if args.resume else 0
     bins = torch.arange(BINS, device=device)
     labels = torch.softmax(-.5 * ((bins[:, None] - bins) / args.smoothing) ** 2, -1) if args.smoothing else F.one_hot(bins).float()
-    demos = read_hdf5(args.data, args.demos_per_task) if args.data else []
 
     bar = tqdm(range(first + 1, args.num_iterations + 1), initial=first, total=args.num_iterations, disable=rank > 0, dynamic_ncols=True)
     for iteration in bar:

@@ -178,27 +178,28 @@ class LiberoEnv(SimulatorEnv):
         self.close()
 
 
-def write(env, folder, per_task, tasks=None):
-    """One file a task, like the published ones: pictures upside down, the gripper -1 (open) or 1 (close), only successes, training states only."""
+def write(env, folder, per_task, tasks=None, noise=0.):
+    """One file a task, like the published ones: pictures upside down, the gripper -1 (open) or 1 (close), only successes, training states only.  noise: of
+    bursts of random actions, as in sft.py; `actions` stays the expert's.  Besides: `clean`, not in such a burst, and keypoints for --pretrain-tower."""
     import h5py
     folder.mkdir(parents=True, exist_ok=True)
     for task in range(len(env.suite.tasks)) if tasks is None else tasks:
-        states, demos = list(env.suite.splits["train"]), []
+        states, demos, rng = list(env.suite.splits["train"]), [], np.random.default_rng([env.seed, task])
         while states and len(demos) < per_task:
             n = min(len(states), env.num_envs, per_task - len(demos))
             now = [states.pop(0) for _ in range(n)]
             env.reset(options=dict(task=task, init_state=now + now[:1] * (env.num_envs - n), mask=np.arange(env.num_envs) < n))
             env.done[n:] = True
-            pictures, actions = [[] for _ in now], [[] for _ in now]
+            rows, burst = [[] for _ in now], np.zeros(env.num_envs, int)
             while not env.done.all():
                 live, action = np.flatnonzero(~env.done), env.expert_action()
+                burst = np.where((burst == 0) & (rng.random(env.num_envs) < .08 * (noise > 0)), rng.integers(1, 8, env.num_envs), np.maximum(burst - 1, 0))
                 for i in live:
-                    pictures[i].append(env.answer[i]["frame"])
-                    actions[i].append(protocol(action[i]))
-                env.step(action[:, None])
+                    rows[i].append((env.answer[i]["frame"], protocol(action[i]), burst[i] == 0, list(env.answer[i]["keypoints"].values())))
+                env.step((action + (burst > 0)[:, None] * noise * np.array([1] * 6 + [2]) * rng.standard_normal(action.shape))[:, None])
                 if (action[live] == IDLE).all():                         # nothing that it can do
                     env.done[:] = True
-            demos += [(pictures[i], actions[i]) for i in range(n) if env.succeeded[i]]
+            demos += [(*map(np.stack, zip(*rows[i])), list(env.answer[i]["keypoints"])) for i in range(n) if env.succeeded[i]]
             if not demos:
                 break
         print(f"{len(demos)} of {per_task} demonstrations: {env.suite.tasks[task]}", flush=True)
@@ -207,9 +208,10 @@ def write(env, folder, per_task, tasks=None):
             with h5py.File(folder / f"{name}_demo.hdf5", "w") as f:
                 f.create_group("data").attrs.update(problem_info=json.dumps(dict(language_instruction=env.suite.tasks[task])), num_demos=len(demos),
                                                     macros_image_convention="opengl")
-                for i, (pictures, actions) in enumerate(demos):
-                    f.create_dataset(f"data/demo_{i}/obs/agentview_rgb", data=np.stack(pictures), compression="lzf", chunks=(1, 256, 256, 3))
-                    f[f"data/demo_{i}/actions"] = np.stack(actions)
+                for i, (pictures, actions, clean, keypoints, names) in enumerate(demos):
+                    f.create_dataset(f"data/demo_{i}/obs/agentview_rgb", data=pictures, compression="lzf", chunks=(1, 256, 256, 3))
+                    f[f"data/demo_{i}/actions"], f[f"data/demo_{i}/clean"], f[f"data/demo_{i}/obs/keypoints"] = actions, clean, keypoints
+                    f[f"data/demo_{i}/obs/keypoints"].attrs["names"] = names
 
 
 if __name__ == "__main__":
@@ -217,5 +219,6 @@ if __name__ == "__main__":
     parser.add_argument("--demos", nargs=2, required=True, metavar=("SUITE", "DIR"))
     parser.add_argument("--per-task", type=int, default=1)
     parser.add_argument("--tasks", type=int, nargs="*", help="default: all that the expert can do")
+    parser.add_argument("--noise", type=float, default=0., help="size of bursts of random actions that the expert then makes good; sft.py's --demo-noise")
     args = parser.parse_args()
-    write(make(args.demos[0], 512), Path(args.demos[1]), args.per_task, args.tasks)
+    write(make(args.demos[0], 512), Path(args.demos[1]), args.per_task, args.tasks, args.noise)

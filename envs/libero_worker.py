@@ -96,8 +96,16 @@ class Simulation:
         if draw:
             self.renderer.update_scene(self.seen, camera="agentview", scene_option=self.option)
             frame = self.renderer.render()[::-1].copy()                  # upside down, as robosuite gives it
-            made.update(frame=frame, image=picture(frame))
+            made.update(frame=frame, image=picture(frame), keypoints=self.keypoints())
         return made
+
+    def keypoints(self):
+        """Where objects and the hand are in the picture, as fractions of its width and height, whether in sight or not: what a tiny tower learns first."""
+        camera, names = self.model.camera("agentview").id, sorted(self.env.objects_dict)
+        at = np.array([self.seen.body(f"{name}_main").xpos for name in names] + [self.seen.site(HAND).xpos])
+        x, y, z = ((at - self.seen.cam_xpos[camera]) @ self.seen.cam_xmat[camera].reshape(3, 3)).T
+        uv = np.stack([x, y], 1) / z[:, None] / np.tan(np.deg2rad(self.model.cam_fovy[camera]) / 2) / np.sqrt(.9)     # z < 0; x is mirrored: turned by 180 degrees
+        return dict(zip([name.rstrip("_0123456789") for name in names] + ["hand"], (uv + 1) / 2))
 
 
 class Expert:

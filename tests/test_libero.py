@@ -445,7 +445,7 @@ def test_demonstrations(tmp_path, env):
         actions, frames = f["data/demo_0/actions"][:], f["data/demo_0/obs/agentview_rgb"][:]
         assert json.loads(f["data"].attrs["problem_info"])["language_instruction"] == env.suite.tasks[1] and list(f["data"]) == ["demo_0"]
     assert frames.shape == (len(actions), 256, 256, 3) and set(actions[:, 6]) == {-1, 1} and actions[0, 6] == -1
-    (images, learned, clean, text), = sft.read_hdf5(tmp_path, 1)
+    (images, learned, clean, text, _), = sft.read_hdf5(tmp_path, 1)
     assert text == env.suite.tasks[1] and clean.all() and len(images) == len(learned) <= len(actions)
     assert set(learned[:, 6]) == {OPEN, CLOSE} and learned[0, 6] == OPEN
     obs, _ = reset(env, (1, 1), (0, 0))
@@ -453,6 +453,53 @@ def test_demonstrations(tmp_path, env):
     env.draw = False                                     # what was learned succeeds
     play(env, np.tile(learned, (2, 1, 1)))
     assert env.succeeded.all()
+
+
+@simulated
+def test_disturbed_demonstrations(tmp_path, env):
+    """Bursts of random actions are marked, the labels in them are still the expert's, and keypoints are on the things."""
+    pytest.importorskip("h5py")
+    import sft
+    env.suite.max_steps = 280
+    libero.write(env, tmp_path, 1, [1], noise=.7)
+    demo, = sft.read_hdf5(tmp_path, 1)
+    images, learned, clean, _, points = demo
+    assert .4 < clean.mean() < 1 and set(learned[:, 6]) == {OPEN, CLOSE} and abs(learned).max() <= 1
+    assert {"cream_cheese", "basket", "hand"} < set(points) and all(at.shape == (len(images), 2) for at in points.values())
+    first, *_, last = np.linalg.norm(points["cream_cheese"] - points["basket"], axis=1)
+    assert last < .2 and last < first / 2                # over the basket's rim, above its middle
+    assert np.linalg.norm(points["hand"] - points["cream_cheese"], axis=1).min() < .05
+    model = sft.tiny(["a"], image=96, chunk=8)
+    (pictures, index, pixels), = sft.look_at([demo], model)
+    assert pictures.shape == (len(images), 96, 96, 3) and index.max() == len(points) - 1 and np.allclose(pixels[:, sorted(points).index("hand")], points["hand"] * 96)
+    kept = len(sft.windows([demo], model)[1])
+    assert 0 < kept < len(images) and kept == sum(clean[i:i + 8].all() for i in range(len(clean)))
+
+
+@simulated
+def test_every_script(tmp_path, env, monkeypatch):
+    """Two iterations of each on the real simulator: its own demonstrations, then the rest from that checkpoint."""
+    pytest.importorskip("h5py")
+    import dagger_forward_kl, dagger_hard_ce, grpo, ppo, road_vla, sft, vla_opd
+    env.suite.max_steps = 280
+    libero.write(env, tmp_path / "demos", 1, [0, 1])
+    env.suite.max_steps, tasks = 20, env.suite.tasks
+    monkeypatch.setattr(envs, "make", lambda *a, **k: env)
+    monkeypatch.setattr(env.suite, "tasks", tasks[:2])
+    common = dict(env="libero-object", num_envs=2, num_iterations=2, eval_episodes_per_task=1, eval_every=2, device="cpu")
+    sft.main(sft.Args(**common, run_dir=str(tmp_path / "sft"), data=str(tmp_path / "demos"), pretrain_tower=5))
+    student, few = str(tmp_path / "sft" / "checkpoint"), dict(updates_per_rollout=2, batch_prompts=2, group_size=2)
+    for script, flags in ((vla_opd, dict(few, teacher=student)), (dagger_forward_kl, dict(few, teacher=student)), (dagger_hard_ce, dict(few, teacher=student)),
+                          (grpo, dict(few, keep_low=0., keep_high=1.)), (ppo, dict(num_episodes=2, updates_per_rollout=2)),
+                          (road_vla, dict(num_episodes=2, updates_per_rollout=2, reference=str(tmp_path / "ppo")))):
+        env.fixed_horizon = False
+        name = script.__name__
+        script.main(script.Args(**common, **flags, student=student, run_dir=str(tmp_path / name)))
+        lines = [line.split(",") for line in (tmp_path / name / "metrics.csv").read_text().splitlines()]
+        last = dict(zip(lines[0], lines[-1]))
+        assert last["step"] == "2" and float(last["charts/env_steps"]) == 20 * float(last["charts/episodes"]), name
+        assert all(np.isfinite(float(v)) for row in lines[1:] for v in row if v), name
+        assert (tmp_path / name / "checkpoint" / "model.safetensors").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------- by hand

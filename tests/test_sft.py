@@ -75,11 +75,11 @@ def test_read_hdf5(tmp_path):
     demos = sft.read_hdf5(tmp_path, 3)
     assert [d[3] for d in demos] == ["pick up the red cube"] * 3 + ["B open the drawer"] * 3
     kept = [0, 1, 3, 4, 5]
-    for (image, action, clean, _), key in zip(demos, [(t, i) for t in (0, 1) for i in (0, 1, 2)]):
+    for (image, action, clean, _, points), key in zip(demos, [(t, i) for t in (0, 1) for i in (0, 1, 2)]):
         np.testing.assert_array_equal(image, np.stack([picture(x) for x in want[key][0][kept]]))     # as envs/libero.py shows them
         np.testing.assert_array_equal(action[:, :6], want[key][1][kept][:, :6].astype(np.float32))
         np.testing.assert_array_equal(action[:, 6], want[key][1][kept][:, 6] < 0)                      # -1 opens: 1
-        assert clean.all() and len(clean) == 5
+        assert not points and clean.all() and len(clean) == 5
     assert len(sft.windows(demos, small.model(image=8))[0]) == 30
     (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match="no .*hdf5 in"):
