@@ -526,9 +526,10 @@ def main(args):
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "dagger_forward_kl", rank)
     origin = str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student")
     student = VLA.load(origin, device, getattr(torch, args.dtype), args.lora_rank, args.load_in_4bit)
+    args.compile and student.compile()
     teacher = VLA.load(args.teacher or envs.checkpoint(args.env, "teacher"), device, getattr(torch, args.dtype), trainable=False)
     must_match(student, teacher)
-    args.compile and (student.compile(), teacher.compile())
+    args.compile and teacher.compile()
     parameters = [p for p in student.parameters() if p.requires_grad]
     [dist.broadcast(p.data, 0) for p in parameters if world > 1]     # every process starts from the same weights
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=1e-5, weight_decay=0.)
@@ -556,6 +557,7 @@ def main(args):
         with torch.no_grad():
             teacher_logp = torch.cat([(teacher.score(image[i], [text[j] for j in i], tokens[i]) / args.temperature).log_softmax(-1)
                                       for i in torch.arange(len(tokens)).split(args.query_batch_size)])
+        device.type == "cuda" and torch.cuda.synchronize()
         clock.append(time.time())
 
         # Learning.  Each optimiser step sees its own share of the trajectories, once.
@@ -579,9 +581,8 @@ def main(args):
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+        losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()     # waits for the GPU
         clock.append(time.time())
-
-        losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()
         metrics = {f"losses/{k}": v / (counts["learned"] if k != "policy_loss" else len(shares)) for k, v in zip(sums, losses) if shares}
         metrics |= {"charts/success_rate": counts["success"] / counts["episodes"], **{f"charts/{k}": v for k, v in counts.items()},
                     "charts/queries_per_second": counts["queries"] / (time.time() - clock[0]), "time/env": batch["env_seconds"],

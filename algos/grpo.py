@@ -580,9 +580,8 @@ def main(args):
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+        losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()     # waits for the GPU
         clock.append(time.time())
-
-        losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()
         metrics = {f"losses/{k}": v / (counts["learned"] if k != "policy_loss" else len(shares)) for k, v in zip(sums, losses) if shares}
         metrics |= {"charts/success_rate": counts["success"] / counts["episodes"], **{f"charts/{k}": v for k, v in counts.items()},
                     "charts/queries_per_second": counts["queries"] / (time.time() - clock[0]), "time/env": sum(part["env_seconds"] for part in parts),

@@ -631,6 +631,7 @@ def main(args):
         # Values, of the reference too.
         with torch.no_grad():                                                            # the first token is no input, so this reads the prompt only
             reference_value = torch.cat([reference(image[i], [text[j] for j in i], tokens[i, :1])[1] for i in torch.arange(len(tokens)).split(args.query_batch_size)])
+            device.type == "cuda" and torch.cuda.synchronize()
             clock.append(time.time())
             old_value = model.value(batch["state"].to(device))[:, 0]
 
@@ -665,12 +666,11 @@ def main(args):
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        clock.append(time.time())
-
         counts = dict(success=batch["success"].sum(), grasped=batch["grasped"].sum(), episodes=episodes, env_steps=batch["length"].sum(),
                       queries=len(tokens), reward=reward.sum(), agree=agree.sum(), weight=weight.sum())
         counts = dict(zip(counts, all_sum(torch.tensor([float(n) for n in counts.values()], dtype=torch.float64), world).tolist()))
-        losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()
+        losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()     # waits for the GPU
+        clock.append(time.time())
         metrics = {f"losses/{k}": v / args.updates_per_rollout for k, v in zip(sums, losses)}
         metrics |= {"charts/success_rate": counts["success"] / counts["episodes"], **{f"charts/{k}": v for k, v in counts.items()},
                     "charts/queries_per_second": counts["queries"] / (time.time() - clock[0]), "time/env": batch["env_seconds"],

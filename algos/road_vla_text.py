@@ -675,6 +675,7 @@ def main(args):
             policy.rows.clear()                                                          # prompts hardly ever return
         if args.privileged_info == "mcts":
             remember(memory, batch, policy.actions(batch["tokens"])[:, 0], returns.cpu().numpy())
+        device.type == "cuda" and torch.cuda.synchronize()
         clock.append(time.time())
 
         # Learning.  Each optimiser step sees its own share of the queries, once.
@@ -694,12 +695,11 @@ def main(args):
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        clock.append(time.time())
-
         counts = dict(success=batch["success"].sum(), grasped=batch["grasped"].sum(), episodes=episodes, env_steps=batch["length"].sum(),
                       queries=len(tokens), reward=reward.sum())
         counts = dict(zip(counts, all_sum(torch.tensor([float(n) for n in counts.values()], dtype=torch.float64), world).tolist()))
-        losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()
+        losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()     # waits for the GPU
+        clock.append(time.time())
         metrics = {f"losses/{k}": v / args.updates_per_rollout for k, v in zip(sums, losses)}
         metrics |= {"charts/success_rate": counts["success"] / counts["episodes"], **{f"charts/{k}": v for k, v in counts.items()},
                     "charts/queries_per_second": counts["queries"] / (time.time() - clock[0]), "time/env": batch["env_seconds"],
