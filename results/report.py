@@ -1,244 +1,453 @@
-"""results/*.csv -> results/README.md and the figures.  benchmark.sh runs what the CSV files hold, then this.  `--check` compares without writing."""
+"""The CSV files of a folder -> its README.md and figures.  benchmark.sh runs what they hold, then this.  What is not there yet is left out, or said.
+
+    python results/report.py [FOLDER] [--check]          (FOLDER: results/; --check compares with the README.md there and writes nothing)
+"""
 import csv
 import json
-import math
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+
+import data
+import figures
+from data import SHIFTS, STYLE, SUITES, apart, curves, differ, ends, entropies, every, forgetting, iqm, last, pairs, played, read, spent, success, tasks
+from data import there, used, whole, wilson
 
 HERE = Path(__file__).resolve().parent
-NAMES = {"exact": "exact reverse KL (default)", "sampled": "sampled reverse KL (the paper)", "rollout-reward": "sampled, reward of the rollout policy"}
-COLOURS = {"sampled": "#0072b2", "exact": "#d55e00", "rollout-reward": "#009e73"}
-# Okabe and Ito's colours, told apart by colour-blind readers as well
-ALGORITHMS = {"grpo": ("GRPO", "#000000"), "ppo": ("PPO", "#999999"), "road": ("ROAD-VLA", "#56b4e9"), "opd-exact": ("VLA-OPD, exact", "#d55e00"),
-              "opd-sampled": ("VLA-OPD, sampled", "#0072b2"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00"), "dagger-fkl": ("DAgger, forward KL", "#009e73"),
-              "dagger-ce": ("DAgger, hard CE", "#cc79a7"), "distill-grpo": ("Distill + GRPO", "#f0e442")}
-PHASES = ("rollout", "teacher", "reference", "advantages", "update")
+# The papers' own numbers, success in %.
+TABLE2 = {"teacher": (94.2, 96.1, 94.6, 90.7, 93.9), "sft-many": (84.7, 88.4, 79.2, 53.7, 76.5), "student": (63.6, 54.9, 59.6, 17.3, 48.9),      # sft-many: OpenVLA
+          "opd-exact": (84.3, 93.8, 92.5, 78.9, 87.4), "distill-grpo": (93.4, 95.3, 94.5, 90.2, 93.4)}
+TABLE3 = {"teacher": 74.0, "student": 45.2, "opd-exact": 71.1}                           # averages over four RoboTwin tasks
+ROAD1 = {"unseen-table": (88, 93, 87, 92), "dynamic-texture": (87, 88, 65, 69), "dynamic-noise": (85, 90, 66, 70), "multi-object": (78, 80, 61, 63),
+         "multi-receptacle": (84, 84, 57, 62), "init-pose": (87, 91, 75, 79), "repositioning": (89, 88, 73, 77)}     # ID of PPO and ROAD, OOD of PPO and ROAD
+ROAD1_AVERAGE = (85, 88, 69, 73, 16.3, 14.6)
+ROAD2 = {"ppo": ["87.2 ± 3.6"], "road": ["91.5 ± 1.2"], "road-jsd": ["85.9 ± 1.5"], "road-no-gate": ["89.8 ± 0.1"], "text-rel-spatial": ["4.68 ± 0.0"],
+         "text-plan-rel-spatial": ["4.68 ± 0.0"], "text-mcts": ["75.8 ± 2.0"]}           # VR-UnseenTable, out of distribution
+ROAD5 = {"road": ("80 ± 6", "63 ± 4"), "road-positive": ("67 ± 8", "57 ± 7")}            # CR-MultiObject
+ALPHA = {"road-alpha-0": ["67"], "road": ["75"], "road-alpha-1": ["overtaken by both"]}  # Fig. 7, ER-Repositioning
+claims = []                                              # (claim, rule, measured, verdict)
 
 
-def read(pattern):
-    """{seed: rows} of results/PATTERN-SEED.csv."""
-    return {int(p.stem.rsplit("-", 1)[1]): [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(p.open())]
-            for p in sorted(HERE.glob(f"{pattern}-[0-9].csv"))}
+# ------------------------------------------------------------------------------------------------------------------------ claims
+def chance(p):
+    return f"p = {p:.2g}" if p >= .001 else "p < 0.001"
 
 
-def interval(row):
-    return f"{100 * row['charts/eval_success']:.1f} [{100 * row['charts/eval_low']:.1f}, {100 * row['charts/eval_high']:.1f}]"
+def claim(text, rule, measured, verdict):
+    claims.append((text, rule, measured, {True: "holds", False: "does not hold", None: "not resolvable"}[verdict]))
 
 
-def distillation():
-    runs = {label: read(f"tabletop-object-opd-{label}") for label in NAMES}
-    notes = json.loads((HERE / "machine.json").read_text())
-    target = .9 * notes["teacher_success"]
-    yield "## tabletop-object: distillation from the shipped student\n"
-    yield f"Greedy success in %, Wilson 95 % interval, n = {notes['episodes']} episodes on initial states never trained on; teacher {100 * notes['teacher_success']:.1f} %,"
-    yield f"so 90 % of it is {100 * target:.1f} %. Minutes: rollouts, teacher and updates of all iterations, without evaluation.\n"
-    yield "| estimator | seed | student | after | iteration that reaches 90 % of the teacher | iterations | entropy start, end | minutes |\n|---|---|---|---|---|---|---|---|"
-    for label, seeds in runs.items():
-        for seed, rows in seeds.items():
-            tested, trained = [r for r in rows if "charts/eval_success" in r], [r for r in rows if "losses/entropy" in r]
-            reached = next((f"{r['step']:.0f}" for r in tested if r["charts/eval_success"] >= target), "never")
-            minutes = sum(r[f"time/{k}"] for r in trained for k in ("rollout", "teacher", "update")) / 60
-            yield (f"| {NAMES[label]} | {seed} | {interval(tested[0])} | {interval(tested[-1])} | {reached} | {len(trained)} | "
-                   f"{trained[0]['losses/entropy']:.2f}, {trained[-1]['losses/entropy']:.2f} | {minutes:.1f} |")
-    yield f"\nCommand: `./benchmark.sh opd`. {made('tabletop-object-opd')}\n\n![curves](tabletop-object.png)\n"
+def compare(text, a, b, suites, split="eval", margin=0.):
+    """a is above b; with a margin: a is not below b by more, one-sided."""
+    (x, n), (y, m), both = ends(a, suites, split), ends(b, suites, split), None if margin else pairs(a, b, suites, split)
+    if len(x) and len(y):
+        p = differ(x + margin, y, min(n, m), both) / (2 if margin else 1)
+        claim(text, f"at most {100 * margin:.0f} lower" if margin else "higher",
+              f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {chance(p)}{', paired' if both else ''}; seeds {len(x)}, {len(y)}",
+              None if p >= .05 else bool(x.mean() + margin > y.mean()))
 
 
-def made(pattern):
-    """Where runs come from: machine, versions, commits."""
-    notes, rows = json.loads((HERE / "machine.json").read_text()), csv.DictReader((HERE / "commits.csv").open())
-    commits = sorted({row["commit"] for row in rows if row["run"].startswith(pattern) and (HERE / f"{row['run']}.csv").exists()})
-    return f"{notes['machine']}, one for each run, the other busy too; {notes['versions']}; trained at commits {', '.join(commits)}."
+def at_least(text, a, suites, goal):
+    x, n = ends(a, suites)
+    if len(x):
+        low, high = wilson(x.mean(), n * len(x))
+        claim(text, f"at least {100 * goal:.0f} %", f"{100 * x.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]; seeds {len(x)}",
+              True if low >= goal else False if high < goal else None)
 
 
-def curve(rows, key="charts/eval_success"):
-    """Environment steps and the value, wherever it was measured."""
-    steps = np.cumsum([r.get("charts/env_steps", 0) for r in rows])
-    return np.array([(n, r[key]) for n, r in zip(steps, rows) if key in r]).T
-
-
-def final(runs, budget=np.inf):
-    """Success after so many environment steps, interpolated, of every seed."""
-    return np.array([np.interp(min(budget, curve(rows)[0][-1]), *curve(rows)) for rows in runs.values()])
-
-
-def differ(a, b, n):
-    """Two-sided p value of a difference of mean success, n episodes a seed, by the larger of two variances: of the episodes, of the seeds (few: Student's t)."""
-    p = (a.sum() + b.sum()) / (len(a) + len(b))
-    episodes, seeds = p * (1 - p) * (1 / (n * len(a)) + 1 / (n * len(b))), sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0 for x in (a, b))
-    t, freedom = abs(a.mean() - b.mean()) / max(math.sqrt(max(episodes, seeds)), 1e-9), len(a) + len(b) - 2
-    if episodes >= seeds:
-        return math.erfc(t / math.sqrt(2))
-    x = np.linspace(0, t, 10001)                         # the density of Student's t, by the trapezoid rule
-    density = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2) * (1 + x ** 2 / freedom) ** (-(freedom + 1) / 2)
-    return 1 - 2 * float(((density[1:] + density[:-1]) / 2 * np.diff(x)).sum())
+# ------------------------------------------------------------------------------------------------------------------------ tables
+def table(header, rows):
+    yield f"| {' | '.join(header)} |\n|{'---|' * len(header)}"
+    yield from (f"| {' | '.join(map(str, row))} |" for row in rows)
+    yield ""
 
 
 def spread(x, scale=100, digits=1):
-    return f"{scale * np.mean(x):.{digits}f} [{scale * min(x):.{digits}f}, {scale * max(x):.{digits}f}]"
+    mean = f"{scale * np.mean(x):.{digits}f}" if len(x) else "not run"
+    return f"{mean} [{scale * min(x):.{digits}f}, {scale * max(x):.{digits}f}]" if len(x) > 1 else mean
 
 
+def cell(algorithm, suites, split="eval"):
+    """Mean success over the seeds [lowest, highest]; of one seed, its Wilson interval."""
+    x, n = ends(algorithm, suites, split)
+    return spread(x) if len(x) != 1 else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in (x[0], *wilson(x[0], n))))
+
+
+def seeds(algorithm, suites, split="eval"):
+    n = sorted({len(success(suite, algorithm, split)) for suite in suites})
+    return f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
+
+
+def middle(algorithm, suites, split="eval"):
+    """IQM over seeds and tasks, where every suite has the episodes of the same seeds."""
+    each = [played(suite, algorithm, split) for suite in suites]
+    if not all(each) or len({tuple(e) for e in each}) > 1:
+        return ""
+    x = np.array([sum(([*tasks(e[seed]).values()] for e in each), []) for seed in each[0]])
+    return ("{:.1f} [{:.1f}, {:.1f}]" if len(x) > 1 else "{:.1f}").format(*(100 * v for v in iqm(x)))
+
+
+def first_last(suite, algorithm, key, digits=2):
+    return ", ".join(f"{last(suite, algorithm, key, i).mean():.{digits}f}" for i in (0, -1)) if curves(suite, algorithm, key) else ""
+
+
+def named(algorithms, suite, *columns):
+    """Rows of a table: name, seeds, success, and what the functions in `columns` make of the algorithm."""
+    return [(STYLE[k][0], seeds(k, [suite]), cell(k, [suite]), *(f(k) for f in columns)) for k in algorithms]
+
+
+# --------------------------------------------------------------------------------------------------------------------- VLA-OPD
 def algorithms():
-    runs = {k: r for k in ALGORITHMS if (r := read(f"tabletop-object-{k}"))}
-    budget = min(curve(rows)[0][-1] for k, seeds in runs.items() if k not in ("opd-g2", "distill-grpo") for rows in seeds.values())
-    yield "## tabletop-object: all algorithms at equal environment steps\n"
-    yield f"All start from the shipped student. Greedy success in %: mean over the seeds [lowest, highest seed], n = 200 episodes each; at {budget:.0f} environment steps"
-    yield "(interpolated), and at the end of the run. Area: mean success over those steps, a shorter run keeping its last value. Entropy: nats a token, at the first iteration, lowest, last. Minutes:"
-    yield "one core, without evaluation, up to those steps. ROAD's reference critic is a finished PPO run, which its steps and minutes do not include: its honest cost is both."
-    yield "Distill + GRPO starts from the distilled checkpoints of the row VLA-OPD, exact, and its steps are on top of theirs.\n"
-    yield "| algorithm | seeds | success | area | success at its end | its environment steps | entropy first, lowest, last | minutes |\n|---|---|---|---|---|---|---|---|"
-    for k, seeds in runs.items():
-        area, entropies, minutes = [], [], []
-        for rows in seeds.values():
-            x, y = curve(rows)
-            grid = np.linspace(0, budget, 200)           # a shorter run keeps its last value
-            area.append(np.interp(grid, x, y).mean())
-            entropy = curve(rows, "losses/entropy")[1]
-            entropies.append((entropy[0], entropy.min(), entropy[-1]))
-            steps = np.cumsum([r.get("charts/env_steps", 0) for r in rows])
-            minutes.append(sum(r.get(f"time/{phase}", 0) for n, r in zip(steps, rows) for phase in PHASES if n <= budget) / 60)
-        yield (f"| {ALGORITHMS[k][0]} | {len(seeds)} | {spread(final(seeds, budget))} | {spread(area)} | {spread(final(seeds))} | "
-               f"{np.mean([curve(rows)[0][-1] for rows in seeds.values()]):.0f} | {', '.join(f'{e:.2f}' for e in np.mean(entropies, 0))} | {np.mean(minutes):.1f} |")
-    yield f"\nCommand: `./benchmark.sh algorithms`. {made('tabletop-object')}\n\n![success over environment steps, entropy](algorithms.png)\n"
-    yield from claims(runs, budget)
-
-
-def claims(runs, budget):
-    """What the papers say, by rule."""
-    n, teacher = 200, json.loads((HERE / "machine.json").read_text())["teacher_success"]
-    ends = {k: final(r) for k, r in runs.items()}
-    entropy = {k: np.array([curve(rows, "losses/entropy")[1] for rows in r.values()], object) for k, r in runs.items()}
-    last = {k: np.array([e[-1] for e in v]) for k, v in entropy.items()}
-    yield "### The papers' claims, here\n"
-    yield "A difference of success counts where p < 0.05 (two-sided, the larger of the variances of episodes and of seeds, not corrected for the number of claims), a difference of"
-    yield "entropy where every seed agrees.\n"
-    yield "| claim | rule | measured | verdict |\n|---|---|---|---|"
-    say = lambda ok: "holds" if ok else "does not hold"
-    for k in ("opd-exact", "opd-sampled"):
-        parts = []
-        for seed in sorted(runs[k].keys() & runs["grpo"].keys()):
-            (x, y), (steps, goal) = curve(runs[k][seed]), curve(runs["grpo"][seed])
-            reached = x[y >= goal[-1]]
-            parts.append(reached[0] / steps[goal >= goal[-1]][0] if len(reached) else np.inf)
-        yield (f"| {ALGORITHMS[k][0]}, reaches the success of 10 iterations of GRPO in a third of its steps | every seed's share of steps <= 1/3 | {', '.join(f'{p:.2f}' for p in parts)} | "
-               f"{say(max(parts) <= 1 / 3)} |")
-    dips = [min(curve(rows)[1][1:4]) < curve(rows)[1][0] - .05 for rows in runs["dagger-fkl"].values()]
-    peak = np.array([e.max() - e[0] for e in entropy["dagger-fkl"]])
-    yield (f"| forward KL raises entropy | highest 0.05 nats above first, and last above reverse KL's, on every seed | peak {spread(peak, 1, 2)} above the first, last {last['dagger-fkl'].mean():.2f} "
-           f"against {last['opd-exact'].mean():.2f} | {say(peak.min() > .05 and last['dagger-fkl'].min() > last['opd-exact'].max())} |")
-    yield f"| forward KL dips early | success 5 % under the student's within 3 iterations, on every seed | {sum(dips)} of {len(dips)} seeds | {say(all(dips))} |"
-    others = [k for k in runs if k != "dagger-ce"]
-    yield (f"| hard CE lowers entropy most | last entropy below all others' | {last['dagger-ce'].mean():.2f}, next {min(last[k].mean() for k in others):.2f} | "
-           f"{say(last['dagger-ce'].max() < min(last[k].min() for k in others))} |")
-    yield (f"| reverse KL's entropy lies between | hard CE < reverse KL < forward KL at the end | {last['dagger-ce'].mean():.2f} < {last['opd-exact'].mean():.2f} < {last['dagger-fkl'].mean():.2f} | "
-           f"{say(last['dagger-ce'].max() < last['opd-exact'].min() and last['opd-exact'].max() < last['dagger-fkl'].min())} |")
-
-    def compare(claim, a, b):
-        p = differ(a, b, n)
-        verdict = "not resolvable" if p >= .05 else say(a.mean() > b.mean())
-        return f"| {claim} | higher mean success | {100 * a.mean():.1f} and {100 * b.mean():.1f}, p = {p:.2g} | {verdict} |"
-    for k in ("dagger-fkl", "dagger-ce", "opd-sampled"):
-        yield compare(f"exact reverse KL ends above {ALGORITHMS[k][0]}", ends["opd-exact"], ends[k])
-    for k in ("dagger-fkl", "dagger-ce"):
-        yield compare(f"sampled reverse KL ends above {ALGORITHMS[k][0]}", ends["opd-sampled"], ends[k])
-    if "opd-g2" in runs:
-        yield f"| G = 2 works | mean success at least 80 % | {spread(ends['opd-g2'])} | {say(ends['opd-g2'].mean() >= .8)} |"
-    if "distill-grpo" in runs:
-        yield compare("Distill + GRPO ends above Distill", ends["distill-grpo"], ends["opd-exact"])
-    t = json.loads((HERE / "teacher.json").read_text())
-    yield f"\nThe teacher has {100 * teacher:.1f} %. Why exact reverse KL, forward KL and hard CE end alike here (`python results/teacher.py`): its tokens have an entropy of {t['entropy_at_teacher_states']:.2f} nats at its"
-    yield f"own states, {t['entropy_at_student_states']:.2f} at the student's, {t['entropy_late_in_student_failures']:.2f} late in the student's failures; the smoothed labels it was trained on have {t['entropy_of_a_smoothed_label']:.2f} by"
-    yield "themselves. Its demonstrations were disturbed on purpose, so it is nowhere lost: a single bump around the right action, whose middle is a good label (hard CE), which is"
-    yield "not worth covering in two places (forward KL), nor choosing from (reverse KL). The papers' teachers were not trained that way.\n"
-
-
-def out_of_distribution():
-    """PPO and ROAD on a shifted suite, and what ROAD costs."""
-    runs = {k: r for k in ("ppo", "ppo-long", "road") if (r := read(f"tabletop-repositioning-{k}"))}
-    if not {"ppo", "road"} <= set(runs):
+    order = ("grpo", "ppo", "road", "opd-exact", "opd-sampled", "opd-rollout-reward", "opd-g2", "opd-g4", "dagger-fkl", "dagger-ce", "distill-grpo")
+    runs, rows, make = {k: read("object", k) for _, k in there(order, ["object"])}, [], read("object", "make-teacher")
+    if not runs:
         return
-    names = {"ppo": "PPO", "ppo-long": "PPO, for as long as PPO + ROAD", "road": "ROAD-VLA"}
-    yield "## tabletop-repositioning: PPO and ROAD-VLA, in and out of distribution\n"
-    yield "From the shipped student; greedy success in % at the end, mean over the seeds [lowest, highest], n = 200 episodes each. In distribution the object jumps at step 5, out of it the"
-    yield "receptacle does, too. Seconds an iteration: rollout + update (and the reference critic's pass).\n"
-    yield "| algorithm | seeds | in distribution | out of it | grasped, out of it | entropy first, last | critics agree, first, last | environment steps | seconds an iteration |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for k, seeds in runs.items():
-        column = lambda key, i: [curve(rows, key)[1][i] for rows in seeds.values()]
-        agree = f"{np.mean(column('losses/critic_agreement', 0)):.2f}, {np.mean(column('losses/critic_agreement', -1)):.2f}" if k == "road" else ""
-        trained = [r for rows in seeds.values() for r in rows if "time/update" in r]
-        extra = f" + {np.mean([r['time/reference'] for r in trained]):.2f}" if k == "road" else ""
-        steps = np.mean([curve(rows)[0][-1] for rows in seeds.values()])
-        cost = f"{steps:.0f}" + (f" + {np.mean([rows[0]['charts/reference_env_steps'] for rows in seeds.values()]):.0f} of the reference" if k == "road" else "")
-        yield (f"| {names[k]} | {len(seeds)} | {spread(column('charts/eval_success', -1))} | {spread(column('charts/ood_success', -1))} | {spread(column('charts/ood_grasped', -1))} | "
-               f"{np.mean(column('losses/entropy', 0)):.2f}, {np.mean(column('losses/entropy', -1)):.2f} | {agree} | {cost} | "
-               f"{np.mean([r['time/rollout'] + r['time/advantages'] + r['time/update'] for r in trained]):.2f}{extra} |")
-    ood = {k: np.array([curve(rows, "charts/ood_success")[1][-1] for rows in seeds.values()]) for k, seeds in runs.items()}
-    for k in [k for k in runs if k != "road"]:
-        p = differ(ood["road"], ood[k], 200)
-        verdict = "not resolvable" if p >= .05 else "holds" if ood["road"].mean() > ood[k].mean() else "does not hold"
-        yield f"\nROAD above {names[k]} out of distribution: {100 * ood['road'].mean():.1f} and {100 * ood[k].mean():.1f}, p = {p:.2g}: {verdict}."
-    cost = json.loads((HERE / "cost.json").read_text())
-    yield f"\nCost of the loss (`python results/cost.py`, the same minibatches in turns): an iteration of ROAD without the reference critic's pass takes {cost['road_over_ppo']:.2f} times PPO's,"
-    yield f"{cost['written_out_over_ppo']:.2f} with the teacher written out over 256 tokens instead of the closed form, {cost['with_reference_over_ppo']:.2f} with the reference critic's pass. The paper reports 1.6."
-    yield f"\nCommand: `./benchmark.sh road`. {made('tabletop-repositioning')}\n"
+    budget = min(spent(r)[0] for k, each in runs.items() if k not in ("opd-g2", "opd-g4", "distill-grpo") for r in each.values())
+    for k, each in runs.items():
+        both = [(np.interp(min(budget, c[0][-1]), *c), np.interp(np.linspace(0, budget, 200), *c).mean()) for c in curves("object", k).values()]
+        steps, minutes = whole("object", k)
+        rows.append((STYLE[k][0], len(each), *map(spread, zip(*both)), cell(k, ["object"]), ", ".join(f"{e:.2f}" for e in entropies("object", k).mean(0)[[0, 1, 3]]),
+                     f"{np.mean([spent(r, budget)[1] for r in each.values()]):.1f}", f"{steps:.0f}", f"{minutes:.1f}"))
+    yield f"All start from the shipped student: {cell('student', ['object'])}; its teacher: {cell('teacher', ['object'])}. Success at {budget:.0f} environment"
+    yield "steps (interpolated), and at the end of the run. Area: mean success over those steps, a shorter run keeping its last value. Entropy: nats a token,"
+    yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps. ROAD's reference critic is a finished PPO run, so"
+    yield "its honest cost, in the last two columns, is both; that of Distill + GRPO is with the distillation before it. The teacher's is in none of them" + (
+        f": {np.mean([sum(x.get('charts/samples', 0) for x in r) for r in make.values()]):.0f} pictures of a scripted expert, "
+        f"{np.mean([spent(r)[1] for r in make.values()]):.1f} minutes (made again: {cell('make-teacher', ['object'])}).\n" if make else ".\n")
+    yield from table(("algorithm", "seeds", "success", "area", "success at its end", "entropy first, lowest, last", "minutes", "all steps", "all minutes"), rows)
 
 
-def plot_algorithms():
-    runs = {k: r for k in ALGORITHMS if k != "distill-grpo" and (r := read(f"tabletop-object-{k}"))}
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for k, seeds in runs.items():
-        for axis, key in zip(axes, ("charts/eval_success", "losses/entropy")):
-            curves = [curve(rows, key) for rows in seeds.values()]
-            grid = np.linspace(max(c[0][0] for c in curves), min(c[0][-1] for c in curves), 100)
-            y = np.array([np.interp(grid, *c) for c in curves])
-            axis.plot(grid / 1000, y.mean(0), color=ALGORITHMS[k][1], label=ALGORITHMS[k][0] if axis is axes[0] else None, lw=1.4)
-            axis.fill_between(grid / 1000, y.min(0), y.max(0), color=ALGORITHMS[k][1], alpha=.15, lw=0)
-    axes[0].set(xlabel="environment steps, thousands", ylabel="greedy success", ylim=(0, 1))
-    axes[1].set(xlabel="environment steps, thousands", ylabel="entropy, nats a token")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=7)
-    figure.savefig(HERE / "algorithms.png", dpi=150)
+def opd_fig2():
+    rows = []
+    for suite, k in there(("grpo", "opd-exact", "opd-sampled", "distill-grpo"), ("object", "long")):
+        teacher, grpo, when, share = ends("teacher", [suite])[0], curves(suite, "grpo"), [], []
+        for seed, (steps, value) in curves(suite, k).items():
+            reached = (n for n, v in zip(*curves(suite, k, x="iteration")[seed]) if len(teacher) and v >= .9 * teacher[0])
+            when.append(f"{next(reached, 'never')}".removesuffix(".0") if len(teacher) else "")
+            n, goal = grpo.get(seed, np.zeros((2, 1)))
+            if k.startswith("opd") and goal[-1] > goal[0]:
+                share.append(steps[value >= goal[-1]][0] / n[goal >= goal[-1]][0] if (value >= goal[-1]).any() else np.inf)
+        shares = ", ".join(f"{v:.2f}" for v in share)
+        rows.append((suite, *named([k], suite)[0], ", ".join(when), f"{whole(suite, k)[0]:.0f}", shares))
+        if share:
+            n = max(r[-1]["step"] for r in read(suite, "grpo").values())
+            claim(f"{STYLE[k][0]}, reaches the success of {n:.0f} iterations of GRPO in a third of its steps ({suite})", "every seed's share <= 1/3",
+                  shares, every([v <= 1 / 3 for v in share]))
+    if rows:
+        yield "Environment steps with those of the run that it starts from. Share: of the steps in which GRPO first reaches its own last success. The paper:"
+        yield "on object over 90 % within 10 iterations; on long near 80 % in 50, where GRPO takes over 150.\n"
+        yield from table(("suite", "algorithm", "seeds", "success", "iteration that reaches 90 % of the teacher", "environment steps", "share"), rows)
+        at_least("Distill is over 90 % within 10 iterations (object)", "opd-exact", ["object"], .9)
 
 
-def plot():
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for label, name in NAMES.items():
-        for column, (axis, key) in enumerate(zip(axes, ("charts/eval_success", "losses/reverse_kl_exact"))):
-            curves = [[(r["step"], r[key]) for r in rows if key in r] for rows in read(f"tabletop-object-opd-{label}").values()]
-            for i, curve in enumerate(curves):
-                axis.plot(*zip(*curve), color=COLOURS[label], alpha=.35, lw=.8)
-            if curves:
-                x, y = zip(*((points[0][0], np.mean([p[1] for p in points])) for points in zip(*curves)))
-                axis.plot(x, y, color=COLOURS[label], marker="o", ms=3, label=name if column == 0 else None)
-    axes[0].axhline(json.loads((HERE / "machine.json").read_text())["teacher_success"], color="black", ls=":", lw=1, label="teacher")
-    axes[0].set(xlabel="iteration", ylabel="greedy success", ylim=(0, 1))
-    axes[1].set(xlabel="iteration", ylabel="exact reverse KL, nats a token")
-    axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(HERE / "tabletop-object.png", dpi=150)
+def opd_table2():
+    methods = ("teacher", "student", "sft-many", "grpo", "opd-exact", "distill-grpo")
+    if there(methods, SUITES):
+        paper = lambda k, i: TABLE2[k][i] if k in TABLE2 else ""
+        yield "The paper's row of SFT is OpenVLA on 50 demonstrations a task; ours starts from the student, as all others, and sees 50 undisturbed ones a"
+        yield "task.\n"
+        yield from table(("method", "seeds", *sum(((suite, "paper") for suite in SUITES), ()), "average", "paper", "IQM"),
+                         [(STYLE[k][0], seeds(k, SUITES), *sum(((cell(k, [suite]), paper(k, i)) for i, suite in enumerate(SUITES)), ()), cell(k, SUITES),
+                           paper(k, 4), middle(k, SUITES)) for k in methods])
+        compare("Distill is above its student (87.4, 48.9)", "opd-exact", "student", SUITES)
+        compare("Distill is above SFT on many demonstrations (87.4, 76.5)", "opd-exact", "sft-many", SUITES)
+        compare("Distill + GRPO is above Distill (93.4, 87.4)", "distill-grpo", "opd-exact", SUITES)
+        compare("Distill + GRPO is above Distill (object; 95.3, 93.8)", "distill-grpo", "opd-exact", ["object"])
+        compare("Distill + GRPO nearly recovers the teacher (93.4, 93.9)", "distill-grpo", "teacher", SUITES, margin=.05)
 
 
+def opd_table3():
+    methods = ("teacher", "student", "grpo", "opd-exact", "distill-grpo")
+    if there(methods, ["two-arm"]):
+        yield "The paper's column is the average of its four RoboTwin tasks.\n"
+        yield from table(("method", "seeds", "two-arm", "paper", "IQM"),
+                         named(methods, "two-arm", lambda k: TABLE3.get(k, ""), lambda k: middle(k, ["two-arm"])))
+        compare("Distill is above its student (71.1, 45.2)", "opd-exact", "student", ["two-arm"])
+        compare("Distill nearly matches the teacher (71.1, 74.0)", "opd-exact", "teacher", ["two-arm"], margin=.05)
+
+
+def opd_fig3():
+    (points, able), both = forgetting(), ("goal", "spatial")
+    if points:
+        n, m = (len(v) for v in able.values())
+        yield f"Trained on tabletop-object; unseen are the tasks of tabletop-goal ({n}) and tabletop-spatial ({m}) that the base solves in 80 % of its"
+        yield "episodes. All but the base start from the student, whose one demonstration a task of tabletop-object has itself cost it much of them. The"
+        yield "claims are on all tasks of the two suites. The paper has a figure only: on unseen tasks SFT collapses, RL and Distill do not.\n"
+        yield from table(("checkpoint", "seeds", "seen: object", "unseen: goal", "unseen: spatial"),
+                         [(STYLE[k][0], len(v), *map(spread, zip(*v))) for k, v in points.items()])
+        compare("SFT forgets: on unseen suites its student is above it", "forget-student", "forget-sft-many", both)
+        for k, name in (("opd-exact", "Distill"), ("grpo", "GRPO")):
+            compare(f"{name} keeps its student's success on unseen suites", f"forget-{k}", "forget-student", both, margin=.05)
+            compare(f"{name} is above SFT on unseen suites", f"forget-{k}", "forget-sft-many", both)
+
+
+def opd_fig4():
+    objectives, note = ("opd-exact", "opd-sampled", "dagger-fkl", "dagger-ce"), data.FOLDER / "teacher.json"
+    found = there(objectives, ("object", "two-arm"))
+    if not found:
+        return
+    yield "Valley: how far success falls under the student's in the first three iterations. Entropy: nats a token. The paper (Beat Block Hammer): forward KL"
+    yield "falls by more than 50 % early and its entropy explodes; hard CE ends lowest and its entropy collapses; reverse KL ends highest, its entropy"
+    yield "between.\n"
+    valley = lambda suite, k: np.array([max(0, y[0] - min(y[1:4])) for _, y in curves(suite, k).values()])
+    yield from table(("suite", "objective", "seeds", "success at the end", "valley", "entropy first, lowest, highest, last"),
+                     [(suite, *named([k], suite)[0], f"{100 * valley(suite, k).mean():.1f}", ", ".join(f"{e:.2f}" for e in entropies(suite, k).mean(0)))
+                      for suite, k in found])
+    for suite in dict.fromkeys(suite for suite, _ in found):
+        entropy = {k: entropies(suite, k) for _, k in there((*objectives, "grpo", "ppo", "road"), [suite])}
+        end, has = {k: v[:, 3] for k, v in entropy.items()}, lambda *names: entropy.keys() >= set(names)
+        if has("dagger-fkl", "opd-exact"):
+            peak, dips = entropy["dagger-fkl"][:, 2] - entropy["dagger-fkl"][:, 0], valley(suite, "dagger-fkl") > .05
+            claim(f"forward KL raises entropy ({suite})", "highest 0.05 nats above first, and last above reverse KL's, on every seed",
+                  f"peak {spread(peak, 1, 2)} above the first, last {end['dagger-fkl'].mean():.2f} against {end['opd-exact'].mean():.2f}",
+                  every((peak > .05) & (end["dagger-fkl"] > end["opd-exact"].max())))
+            claim(f"forward KL dips early ({suite})", "valley of 5 %, on every seed", f"{sum(dips)} of {len(dips)} seeds", every(dips))
+        if has("dagger-ce", "opd-exact"):
+            others = [v for k, v in end.items() if k != "dagger-ce"]
+            claim(f"hard CE lowers entropy most ({suite})", "last entropy below all others', on every seed",
+                  f"{end['dagger-ce'].mean():.2f}, next {min(v.mean() for v in others):.2f}", apart(np.concatenate(others), end["dagger-ce"]))
+        if has("dagger-ce", "dagger-fkl", "opd-exact"):
+            low, mid, high = (end[k] for k in ("dagger-ce", "opd-exact", "dagger-fkl"))
+            claim(f"reverse KL's entropy lies between ({suite})", "hard CE < reverse KL < forward KL at the end, on every seed",
+                  f"{low.mean():.2f}, {mid.mean():.2f}, {high.mean():.2f}", every([bool(apart(mid, low)), bool(apart(high, mid))]))
+        for a, b in [("opd-exact", k) for k in ("dagger-fkl", "dagger-ce", "opd-sampled")] + [("opd-sampled", k) for k in ("dagger-fkl", "dagger-ce")]:
+            compare(f"{a[4:]} reverse KL ends above {STYLE[b][0]} ({suite})", a, b, [suite])
+    if note.exists() and there(objectives, ["object"]):
+        t = json.loads(note.read_text())
+        yield f"The teacher on object: {cell('teacher', ['object'])}. Why exact reverse KL, forward KL and hard CE end alike there (`python"
+        yield f"results/teacher.py`): its tokens have an entropy of {t['entropy_at_teacher_states']:.2f} nats at its own states,"
+        yield f"{t['entropy_at_student_states']:.2f} at the student's, {t['entropy_late_in_student_failures']:.2f} late in the student's failures; the"
+        yield f"smoothed labels it was trained on have {t['entropy_of_a_smoothed_label']:.2f} by themselves. Its demonstrations were disturbed on purpose, so"
+        yield "it is nowhere lost: a single bump around the right action, whose middle is a good label (hard CE), which is not worth covering in two places"
+        yield "(forward KL), nor choosing from (reverse KL). The papers' teachers were not trained that way.\n"
+
+
+def opd_fig5():
+    paper = {"opd-g2": "over 80", "opd-g4": "over 80", "opd-exact": "89"}
+    found = [k for _, k in there(paper, ["object"])]
+    if set(found) - {"opd-exact"}:
+        yield "G trajectories of each of 64 prompts (the paper: 32), so a smaller G is fewer environment steps as well. VLA-OPD's default is G = 8.\n"
+        yield from table(("algorithm", "seeds", "success at the end", "paper", "environment steps"),
+                         named(found, "object", paper.get, lambda k: f"{whole('object', k)[0]:.0f}"))
+        for k in found:
+            at_least(f"{STYLE[k][0]}: over 80 %", k, ["object"], .8)
+            if k != "opd-exact":
+                compare(f"G = 8 ends above G = {k[-1]} (89, over 80)", "opd-exact", k, ["object"])
+
+
+# -------------------------------------------------------------------------------------------------------------------- ROAD-VLA
+def shifts():
+    return [suite for suite in SHIFTS if len(there(("ppo", "road"), [suite])) == 2]
+
+
+def road_table1():
+    four, home = [(k, split) for split in ("eval", "ood") for k in ("ppo", "road")], "repositioning"
+
+    def row(name, suites, paper):
+        mean = [ends(k, suites, split)[0].mean() for k, split in four]
+        (x, n), (y, _), both = ends("road", suites, "ood"), ends("ppo", suites, "ood"), pairs("road", "ppo", suites, "ood")
+        shown = [(cell(k, suites, split), p) for (k, split), p in zip(four, paper)]
+        shown += [(f"{100 * (mean[i] - mean[i + 2]):.1f}", paper[4 + i]) for i in (0, 1)]
+        return name, f"{len(y)}, {len(x)}", *sum(shown, ()), chance(differ(x, y, n, both)).removeprefix("p = ").removeprefix("p ")
+    if suites := shifts():
+        yield "In distribution (ID) are the objects, tables, textures and places of training, out of it (OOD) others (`envs/tabletop.py`). Seeds: PPO, ROAD."
+        yield "Difference: ID - OOD. p: of ROAD against PPO, OOD. ROAD's reference is that PPO run, so ROAD has cost twice the steps; the last table has PPO"
+        yield "for as long.\n"
+        rows = [row(suite, [suite], (*(p := ROAD1[suite]), p[0] - p[2], p[1] - p[3])) for suite in suites]
+        if len(suites) > 1 and all(len(ends(k, suites, split)[0]) for k, split in four):
+            rows.append(row(f"average of {len(suites)}", suites, ROAD1_AVERAGE))
+        names = (f"{split} {k}" for split in ("ID", "OOD", "difference") for k in ("PPO", "ROAD"))
+        yield from table(("suite", "seeds", *sum(((name, "paper") for name in names), ()), "p"), rows)
+        if all(found := [middle(k, suites, "ood") for k in ("ppo", "road")]):
+            yield f"IQM over seeds and tasks, out of distribution: PPO {found[0]}, ROAD {found[1]}.\n"
+        compare(f"ROAD is above PPO out of distribution ({len(suites)} of 7 suites; 73, 69)", "road", "ppo", suites, "ood")
+        compare(f"ROAD is above PPO in distribution ({len(suites)} of 7 suites; 88, 85)", "road", "ppo", suites)
+    if home in suites:
+        mean = lambda k, key: np.mean([r[f"time/{key}"] for rows in read(home, k).values() for r in rows if f"time/{key}" in r] or [0])
+        own, more = lambda k: np.mean([spent(r)[0] for r in read(home, k).values()]), lambda k: whole(home, k)[0]
+        yield "On tabletop-repositioning: in distribution the object jumps at step 5, out of it the receptacle does, too. Seconds an iteration: rollout and"
+        yield "update (and the reference's pass).\n"
+        yield from table(("algorithm", "seeds", "ID", "OOD", "grasped, OOD", "environment steps", "seconds an iteration"), named(
+            [k for _, k in there(("ppo", "ppo-long", "road"), [home])], home, lambda k: cell(k, [home], "ood"),
+            lambda k: spread(last(home, k, "charts/ood_grasped")),
+            lambda k: f"{own(k):.0f}" + (f" + {more(k) - own(k):.0f} of the reference" if more(k) > own(k) else ""),
+            lambda k: f"{sum(mean(k, part) for part in ('rollout', 'advantages', 'update')):.2f}" + (f" + {mean(k, 'reference'):.2f}" if k == "road" else "")))
+        compare("ROAD is above PPO for as long as PPO + ROAD, out of distribution (repositioning)", "road", "ppo-long", [home], "ood")
+
+
+def road_fig2():
+    key, two, rows, areas = "charts/ood_success", ("ppo", "road"), [], {"ppo": [], "road": []}
+    for suite in shifts():
+        mine = {k: curves(suite, k, key) for k in two}
+        area = {k: {seed: np.interp(np.linspace(0, c[0][-1], 200), *c).mean() for seed, c in r.items()} for k, r in mine.items()}
+        areas = {k: areas[k] + [area[k]] for k in two}
+        rows.append((suite, ", ".join(f"{len(r)}" for r in mine.values()), f"{100 * last(suite, 'ppo', key, 0).mean():.1f}",
+                     *(spread([*a.values()]) for a in area.values()), *(f"{100 * np.mean([c[1].max() for c in r.values()]):.1f}" for r in mine.values())))
+    if rows:
+        yield "Out of distribution, over training. Area: the mean over all environment steps. Peak: the best evaluation of a seed, which flatters both alike."
+        yield "The paper starts at 27 to 31; its peaks: 70.8 (PPO 64.1) on VR-DynamicNoise, 76.0 (8 above PPO) on ER-Repositioning.\n"
+        yield from table(("suite", "seeds", "before training", "area PPO", "area ROAD", "peak PPO", "peak ROAD"), rows)
+        y, x = (np.array([np.mean([a[s] for a in areas[k]]) for s in sorted(set.intersection(*map(set, areas[k])))]) for k in two)
+        if len(x) and len(y):                            # a run is evaluated on the same states again and again: no more episodes than one evaluation has
+            p = differ(x, y, ends("road", shifts(), "ood")[1])
+            claim(f"ROAD leads PPO during training, out of distribution ({len(rows)} of 7 suites)", "higher area",
+                  f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {chance(p)}; seeds {len(x)}, {len(y)}", None if p >= .05 else bool(x.mean() > y.mean()))
+
+
+def road_fig3():
+    suites, entropy, weight, agree = shifts(), "losses/entropy", "losses/mean_weight", "losses/critic_agreement"
+    if suites:
+        yield "First and last iteration, mean over the seeds. Entropy: nats a token. Weight: the mean advantage weight. Agree: where both critics' advantages"
+        yield "have the same sign. The paper: entropy 3.24 (PPO 3.15) at the end on ER-Repositioning, weight -0.033 to +0.037 and +0.040, agreement 90 %"
+        yield "falling to 71 to 75 %.\n"
+        yield from table(("suite", "seeds", "entropy PPO", "entropy ROAD", "weight", "agree"), [
+            (s, seeds("road", [s]), first_last(s, "ppo", entropy), first_last(s, "road", entropy), first_last(s, "road", weight, 3), first_last(s, "road", agree))
+            for s in suites])
+        if "repositioning" in suites:
+            x, y = (last("repositioning", k, entropy) for k in ("road", "ppo"))
+            claim("ROAD keeps more entropy than PPO (repositioning; 3.24, 3.15)", "last entropy of every seed above PPO's",
+                  f"{x.mean():.3f} and {y.mean():.3f}", apart(x, y))
+        a, b = (np.concatenate([last(suite, "road", agree, i) for suite in suites]) for i in (0, -1))
+        claim("the critics agree ever less (0.90, 0.71 to 0.75)", "last below first, on every seed",
+              f"{a.mean():.2f}, {b.mean():.2f}; {sum(b < a)} of {len(a)} runs", every(b < a))
+        a, b = (np.concatenate([last(suite, "road", weight, i) for suite in suites]) for i in (0, -1))
+        claim("the mean weight rises from below to above zero", "first below 0, last above, on every seed",
+              f"{a.mean():.3f}, {b.mean():.3f}; {sum((a < 0) & (b > 0))} of {len(a)} runs", every((a < 0) & (b > 0)))
+
+
+def variants(suite, paper, header, claimed, *note):
+    """A table of ROAD's variants on a suite; (text, a, b, split) are claims that a is above b."""
+    found = [k for _, k in there(paper, [suite])]
+    if set(found) - {"ppo", "road"}:
+        columns = [lambda k, i=i: paper[k][i] for i in range(len(header))]
+        yield from note
+        yield from table(("variant", "seeds", "ID", "OOD", *header), named(found, suite, lambda k: cell(k, [suite], "ood"), *columns))
+        for text, a, b, *split in claimed:
+            compare(text, a, b, [suite], *split or ["ood"])
+
+
+def road_table2():
+    above = [(f"PPO is above the {STYLE[k][0]} (87.2, {v[0].split()[0]})", "ppo", k) for k, v in ROAD2.items() if k.startswith("text")]
+    above += [(f"ROAD is above {STYLE[k][0].removeprefix('ROAD-VLA, ')} (91.5, {ROAD2[k][0].split()[0]})", "road", k) for k in ("road-jsd", "road-no-gate", "ppo")]
+    yield from variants("repositioning", ROAD2, ["paper, OOD"], above,
+                        "On tabletop-repositioning; the paper's column is VR-UnseenTable. The tiny models' vocabulary has the words of the instructions only, so",
+                        "most of a text teacher's hint is unknown to them: they show the mechanism, not what text can do.\n")
+
+
+def road_table5():
+    above = [("the signed weight is above positive-only, out of distribution (63, 57)", "road", "road-positive"),
+             ("the signed weight is above positive-only, in distribution (80, 67)", "road", "road-positive", "eval")]
+    yield from variants("multi-object", ROAD5, ["paper, ID", "paper, OOD"], above, "On tabletop-multi-object: the weight of below-average tokens as it is, or 0.\n")
+
+
+def road_alpha():
+    above = [(f"alpha = 0.5 is above {k[-1]} (75, {ALPHA[k][0]})", "road", k) for k in ALPHA if k != "road"]
+    yield from variants("repositioning", ALPHA, ["paper, OOD"], above,
+                        "The reference critic's part of the advantage, on tabletop-repositioning; ROAD-VLA's default is 0.5.\n")
+
+
+def road_reference():
+    names = [f"road-reference-{n}" for n in (10, 20, 30)]
+    yield from variants("repositioning", dict.fromkeys((*names, "road")), [], [],
+                        "The critic of a PPO run stopped after 10, 20 or 30 iterations, or at its end (ROAD-VLA: 40), on tabletop-repositioning.",
+                        "The paper has a figure only: all similar, half way slightly best where execution shifts.\n")
+    for k in names:
+        compare(f"the reference may be stopped at {k[-2:]} of 40 iterations", k, "road", ["repositioning"], "ood", .05)
+
+
+def road_cost():
+    if (data.FOLDER / "cost.json").exists():
+        cost = json.loads((data.FOLDER / "cost.json").read_text())
+        ratio = cost["with_reference_over_ppo"]
+        yield "The same minibatches in turns (`python results/cost.py`): an iteration of ROAD without the reference critic's pass takes"
+        yield f"{cost['road_over_ppo']:.2f} times PPO's, {cost['written_out_over_ppo']:.2f} with the teacher written out over 256 tokens instead of the closed"
+        yield f"form, {ratio:.2f} with the reference critic's pass. The paper reports 1.6 (40.8 and 25.4 hours).\n"
+        claim("ROAD takes 1.6 times PPO's time", "1.5 to 1.7, the reference's pass included", f"{ratio:.2f}", bool(1.5 <= ratio <= 1.7))
+
+
+# ----------------------------------------------------------------------------------------------------------------- and the rest
 def checkpoints():
-    rows = list(csv.DictReader((HERE / "checkpoints.csv").open()))
-    yield "## Shipped checkpoints\n\nGreedy success in %, Wilson 95 % interval, on the first 20 evaluation states of each of the 10 tasks (`./benchmark.sh checkpoints`,"
-    yield f"commit {json.loads((HERE / 'machine.json').read_text())['commit']}).\n"
-    yield "The base was trained for the most part before the textures of the dynamic suites were muted and the layouts of spatial and goal varied more."
-    yield "The base has no second arm; the student of two-arm has seen 30 demonstrations per task, the others one.\n\n| suite | base | student | teacher |\n|---|---|---|---|"
-    for env in dict.fromkeys(r["env"] for r in rows):
-        cell = {r["role"]: f"{float(r['success']):.1f} [{float(r['low']):.1f}, {float(r['high']):.1f}]" for r in rows if r["env"] == env}
-        yield f"| {env} | {cell.get('base', '')} | {cell.get('student', '')} | {cell.get('teacher', '')} |"
+    suites = [s for s in (*SUITES, *SHIFTS, "two-arm") if success(s, "student") or success(s, "teacher")]
+    if suites:
+        shown = lambda k, s, split="eval": cell(k, [s], split) if success(s, k, split) else ""
+        yield "On the first evaluation states of each task. The base was trained for the most part before the textures of the dynamic suites were muted and"
+        yield "the layouts of spatial and goal varied more. The base has no second arm; the student of two-arm has seen 30 demonstrations per task, the"
+        yield "others one.\n"
+        yield from table(("suite", "base", "student", "teacher", "student, OOD"),
+                         [(f"tabletop-{s}", *(shown(k, s) for k in ("base", "student", "teacher")), shown("student", s, "ood")) for s in suites])
+
+
+def simulators():
+    rows = []
+    for path in sorted(data.FOLDER.glob("*-[0-9].csv")):
+        tested = [] if path.name.startswith("tabletop") else [r for r in data.parse(path) if "charts/eval_success" in r]
+        if tested:
+            used.add(path.stem)
+            before, after = (100 * r["charts/eval_success"] for r in (tested[0], tested[-1]))
+            steps = spent(data.parse(path))[0]
+            rows.append((path.stem, f"{before:.1f}", f"{after:.1f}", data.size(tested[-1]), f"{tested[-1]['step']:.0f}", f"{steps:.0f}"))
+    if rows:
+        yield from table(("run", "before", "after", "episodes", "iterations", "environment steps"), rows)
+
+
+def failures():
+    if failed := [(r["name"], r["error"].replace("|", "\\|")) for r in runs() if r["error"]]:
+        yield from table(("run", "what it said last"), failed)
+
+
+def runs():
+    path = data.FOLDER / "runs.csv"
+    return [*csv.DictReader(path.open())] if path.exists() else []
+
+
+# title, what ./benchmark.sh runs, the text, the figure
+SECTIONS = [
+    ("Every algorithm at equal environment steps", "algorithms", algorithms, "algorithms.png"), ("VLA-OPD, Figure 2: efficiency", "opd-fig2", opd_fig2, "opd-fig2.png"),
+    ("VLA-OPD, Table 2: four suites", "opd-table2", opd_table2, ""), ("VLA-OPD, Table 3: two arms", "opd-table3", opd_table3, ""),
+    ("VLA-OPD, Figure 3: forgetting", "opd-fig3", opd_fig3, "opd-fig3.png"), ("VLA-OPD, Figure 4: objectives", "opd-fig4", opd_fig4, "opd-fig4.png"),
+    ("VLA-OPD, Figure 5: group size", "opd-fig5", opd_fig5, "opd-fig5.png"), ("ROAD-VLA, Table 1: seven shifts", "road-table1", road_table1, ""),
+    ("ROAD-VLA, Figure 2: adaptation", "road-fig2", road_fig2, "road-fig2.png"), ("ROAD-VLA, Figure 3: why", "road-fig3", road_fig3, "road-fig3.png"),
+    ("ROAD-VLA, Table 2: ablations", "road-table2", road_table2, ""), ("ROAD-VLA, Table 5: sign of the weight", "road-table5", road_table5, ""),
+    ("ROAD-VLA, Figure 7: alpha", "road-alpha", road_alpha, "road-alpha.png"),
+    ("ROAD-VLA, Figure 8: reference critics", "road-reference", road_reference, "road-reference.png"), ("ROAD-VLA, D.5: cost", "road-cost", road_cost, ""),
+    ("Shipped checkpoints", "checkpoints", checkpoints, ""), ("Other simulators", "libero", simulators, ""),
+    ("Runs that failed", "full", failures, "")]
 
 
 def page():
-    return "\n".join(["# Measured results\n", "Every number here comes from the CSV files beside this page; `python results/report.py` writes it.\n", *algorithms(), *out_of_distribution(), *distillation(), *checkpoints()]) + "\n"
+    summary, told, body = [], [], []
+    for title, what, section, figure in SECTIONS:
+        [kept.clear() for kept in (used, claims)]
+        lines, command = [*section()], f"`./benchmark.sh {what}`"
+        if lines:
+            origin, link = [r for r in runs() if r["name"] in used], re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+            each, verdicts = lambda k: ", ".join(sorted({r[k] for r in origin if r[k]})), [c[-1] for c in claims]
+            summary.append((f"[{title}](#{link})", command, *(verdicts.count(v) or "" for v in ("holds", "does not hold", "not resolvable"))))
+            told += [(title.split(":")[0], *c) for c in claims]
+            body += [f"## {title}\n", *lines, *([f"![{title}]({figure})\n"] if figure else [])]
+            body += [f"{len(origin)} [runs](runs.csv) on {each('machine')}; {each('versions')}; commits {each('commit')}.\n"] if origin else []
+        elif section not in (simulators, failures):
+            summary.append((title, command, "not run", "", ""))
+    return "\n".join([
+        "# Measured results\n",
+        "Every number here comes from the files beside this page; `python results/report.py` writes it, `./benchmark.sh` runs what they hold. The embedded",
+        "suites and models of 0.25 M parameters stand for the papers' simulators and 7 B: the papers' numbers beside ours say whether the same thing happens,",
+        "not that it is as large.\n",
+        "Success is greedy, in %, on initial states never trained on: mean over the seeds [lowest seed, highest seed], or of a single run [Wilson's 95 %",
+        "interval]. IQM: the interquartile mean over seeds and tasks, its 95 % interval by a bootstrap of the seeds within each task.\n",
+        *["A quick run: one seed, few iterations, few episodes. It shows that everything runs, not what the algorithms can.\n"] * (data.FOLDER.name == "quick"),
+        *table(("what", "command", "claims that hold", "that do not", "not resolvable"), summary), "## The papers' claims, here\n",
+        "Higher: counts where p < 0.05, two-sided, by the larger of two variances: of the episodes (McNemar's exact test on the same initial states where it",
+        "says paired), of the seeds (Student's t). At most 5 lower: one-sided, at 5 %. At least: the Wilson interval of all seeds' episodes lies on one side.",
+        "On every seed: all of them, or none. Otherwise not resolvable. Not corrected for the number of claims. In brackets the paper's numbers.\n",
+        *table(("where", "claim", "rule", "measured", "verdict"), told), *body])
 
 
 if __name__ == "__main__":
+    data.FOLDER = Path(next((a for a in sys.argv[1:] if a != "--check"), HERE)).resolve()
     if "--check" in sys.argv:
-        sys.exit((HERE / "README.md").read_text() != page() and "results/README.md is not what the CSV files say: run python results/report.py")
-    plot()
-    plot_algorithms()
-    (HERE / "README.md").write_text(page())
+        sys.exit((data.FOLDER / "README.md").read_text() != page() and f"{data.FOLDER}/README.md is not what the files beside it say: run python results/report.py")
+    figures.draw()
+    (data.FOLDER / "README.md").write_text(page())

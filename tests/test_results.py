@@ -1,4 +1,9 @@
-"""The numbers on the results page are those of the CSV files beside it."""
+"""The numbers on the results page are those of the files beside it; the statistics are what their names say."""
+import csv
+import itertools
+import math
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,36 +13,162 @@ import pytest
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 sys.path.insert(0, str(RESULTS))
+import bench
+import data
+import figures
+import jobs
 import report
 
 
 def test_page_is_what_the_files_say(tmp_path):
     assert subprocess.run([sys.executable, RESULTS / "report.py", "--check"]).returncode == 0
-    for file in RESULTS.iterdir():                       # and a changed number is noticed
-        if file.is_file():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    table = tmp_path / "checkpoints.csv"
-    header, first, *rest = table.read_text().splitlines()
-    cells = first.split(",")
-    cells[header.split(",").index("success")] = "12.3"
-    table.write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
-    assert subprocess.run([sys.executable, tmp_path / "report.py", "--check"], capture_output=True).returncode == 1
+    shutil.copytree(RESULTS, tmp_path / "copy", ignore=shutil.ignore_patterns("quick", "__pycache__"))
+    table = tmp_path / "copy" / "tabletop-object-grpo-1.csv"                             # and a changed number is noticed
+    header, *rows = table.read_text().splitlines()
+    cells, at = rows[-2].split(","), header.split(",").index("charts/eval_success")
+    cells[at] = f"{float(cells[at]) + .1}"
+    table.write_text("\n".join([header, *rows[:-2], ",".join(cells), rows[-1]]) + "\n")
+    found = subprocess.run([sys.executable, RESULTS / "report.py", tmp_path / "copy", "--check"], capture_output=True, text=True)
+    assert found.returncode == 1 and "is not what the files beside it say" in found.stderr
+
+
+def fill(folder, every, chance):
+    """Files as ./benchmark.sh leaves them; success by chance(name)."""
+    (folder / "episodes").mkdir()
+    for name in ("cost.json", "teacher.json"):
+        shutil.copy(RESULTS / name, folder)
+    rng = np.random.default_rng(0)
+    for job in every.values():
+        for path in job.outputs(folder):
+            if path.parent == folder / "episodes":
+                rows = [(t, 400 + i, int(rng.random() < chance(job.name)), 1) for t in range(10) for i in range(20)]
+                path.write_text("task,init_state,success,grasped\n" + "".join(f"{','.join(map(str, r))}\n" for r in rows))
+            elif path.suffix == ".csv" and not path.exists():
+                like = f"repositioning-{'road' if job.script == 'road_vla' else 'ppo'}" if "ppo" in job.script or "road" in job.script else "object-grpo" if job.script != "sft" else "object-opd-exact"
+                shutil.copy(RESULTS / f"tabletop-{like}-1.csv", path)
+        bench.record(folder, job.name, commit="abc", command="", seconds=1, versions="torch 9", machine="a machine", error="")
+
+
+def test_a_full_folder_and_any_part_of_it_make_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    fill(tmp_path, jobs.make_jobs(["full"], 2), lambda name: .95 if "opd" in name or "base" in name or "teacher" in name else .4)
+    page = report.page()
+    for title, _, section, _ in report.SECTIONS[:-2]:
+        assert f"## {title}\n" in page, title
+    assert "| not run |" not in page and "nan" not in page and "Other simulators" not in page and "Runs that failed" not in page
+    for row in ("| VLA-OPD, Table 2 | Distill is above its student (87.4, 48.9) | higher | ", "| VLA-OPD, Figure 3 | Distill is above SFT on unseen suites | higher | "):
+        found = next(line for line in page.splitlines() if line.startswith(row))
+        assert "paired; seeds 2" in found and found.endswith("| holds |")
+    assert "| 93.4 |" in page and "| 4.68 ± 0.0 |" in page                               # the papers' columns
+    figures.draw()
+    assert {p.stem for p in tmp_path.glob("*.png")} == {f.removesuffix(".png") for *_, f in report.SECTIONS if f}
+
+    bench.record(tmp_path, "tabletop-goal-grpo-1", commit="abc", command="", seconds=1, versions="", machine="", error="the disk is full")
+    assert "| tabletop-goal-grpo-1 | the disk is full |" in report.page()
+    draw, files = random.Random(0), sorted(p for p in tmp_path.rglob("*") if p.suffix in (".csv", ".json"))
+    for n in range(6):                                   # less and less
+        for path in draw.sample(files, len(files) // 3):
+            files.remove(path), path.unlink()
+        page = report.page()
+        assert "nan" not in page and ("| seeds |" in page or n > 3)
+        n % 3 or figures.draw()
+
+
+def test_an_empty_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    assert report.page().count("| not run |") == len(report.SECTIONS) - 2
+    figures.draw()
+
+
+def test_other_simulators_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    shutil.copy(RESULTS / "tabletop-object-opd-exact-1.csv", tmp_path / "libero-object-opd-exact-1.csv")
+    assert "| libero-object-opd-exact-1 | 45.5 | 90.5 | 200 | 10 |" in report.page()
 
 
 @pytest.mark.parametrize("t,p", [(2.776, .05), (4.604, .01), (.741, .5)])                # a table of Student's t, 4 degrees of freedom
 def test_seeds_that_differ_count_by_students_t(t, p):
     spread = np.array([-.3, 0., .3])                     # far more than 200 episodes explain: variance .09, of a mean .03
-    assert report.differ(.5 + spread + t * (.06 ** .5), .5 + spread, 200) == pytest.approx(p, rel=.01)
+    for pairs in (None, (40, 0)):
+        assert data.differ(.5 + spread + t * (.06 ** .5), .5 + spread, 200, pairs) == pytest.approx(p, rel=.01)
 
 
 def test_seeds_that_agree_count_by_their_episodes():
     a, b = np.full(3, .5), np.full(3, .56)
-    assert report.differ(a, b, 200) == pytest.approx(.0375, abs=1e-3)                    # z = .06 / sqrt(2 * .53 * .47 / 600)
-    assert report.differ(a, a, 200) == pytest.approx(1)
+    assert data.differ(a, b, 200) == pytest.approx(.0375, abs=1e-3)                      # z = .06 / sqrt(2 * .53 * .47 / 600)
+    assert data.differ(a, a, 200) == pytest.approx(1)
+    assert data.differ(a, b, 200, (2, 10)) == data.mcnemar(2, 10)
 
 
-def test_final_is_interpolated_and_steps_add_up():
-    rows = [{"step": 0, "charts/eval_success": .2}, {"step": 1, "charts/env_steps": 100, "charts/eval_success": .4}, {"step": 2, "charts/env_steps": 300},
-            {"step": 3, "charts/env_steps": 100, "charts/eval_success": .8}]
-    assert report.curve(rows).tolist() == [[0, 100, 500], [.2, .4, .8]]
-    assert report.final({1: rows}, 300)[0] == pytest.approx(.6) and report.final({1: rows})[0] == .8
+def test_mcnemar_counts_coins():
+    for n, k in ((12, 2), (7, 0), (6, 3), (1, 0)):       # all ways to fall that are as uneven, or more
+        uneven = sum(abs(sum(coins) - n / 2) >= abs(k - n / 2) for coins in itertools.product((0, 1), repeat=n)) / 2 ** n
+        assert data.mcnemar(k, n - k) == data.mcnemar(n - k, k) == pytest.approx(uneven)
+    assert data.mcnemar(0, 0) == 1
+
+
+def test_iqm_and_its_interval_the_long_way():
+    rng, draw = np.random.default_rng(3), random.Random(4)
+    x = rng.random((3, 10)).round(2)
+    middle = lambda values: np.mean(sorted(values)[len(values) // 4:len(values) - len(values) // 4])      # scipy.stats.trim_mean(values, .25)
+    value, low, high = data.iqm(x)
+    assert value == pytest.approx(middle(x.ravel()))
+    long = [middle([x[draw.randrange(3), task] for task in range(10) for _ in range(3)]) for _ in range(4000)]
+    assert (low, high) == pytest.approx(np.percentile(long, (2.5, 97.5)), abs=.02)
+    assert data.iqm(x[:1])[1:] == (data.iqm(x[:1])[0],) * 2                              # one seed says nothing about seeds
+
+
+def test_the_episodes_of_an_interval_are_found():
+    for n, k in itertools.product((10, 50, 200, 500), (0, .1, .455, .5, .9, 1)):
+        p = round(k * n) / n
+        low, high = data.wilson(p, n)
+        assert data.size({"charts/eval_success": p, "charts/eval_low": low, "charts/eval_high": high}) == n
+
+
+def test_pairs_are_of_the_same_seed_and_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    (tmp_path / "episodes").mkdir()
+
+    def write(name, *success):
+        (tmp_path / "episodes" / f"tabletop-object-{name}.csv").write_text("task,init_state,success,grasped\n" + "".join(f"{i},400,{s},1\n" for i, s in enumerate(success)))
+    write("grpo-1", 1, 1, 0, 0), write("grpo-2", 1, 0, 0, 0), write("ppo-1", 0, 1, 0, 1), write("ppo-2", 0, 0, 0, 0), write("student", 0, 0, 0, 1)
+    assert data.pairs("grpo", "ppo", ["object"]) == [2, 1]
+    assert data.pairs("grpo", "student", ["object"]) == [3, 2] and data.pairs("student", "grpo", ["object"]) == [2, 3]       # one student stands against every seed
+    assert data.pairs("student", "student", ["object"]) == [0, 0]
+    assert data.ends("grpo", ["object"])[0].tolist() == [.5, .25] and data.ends("student", ["object"])[1] == 4
+    shutil.copy(RESULTS / "tabletop-object-ppo-1.csv", tmp_path / "tabletop-object-ppo-3.csv")                # a run without episodes: no pairs
+    assert data.pairs("grpo", "ppo", ["object"]) is None
+
+
+@pytest.mark.parametrize("a,b,margin,verdict", [(.9, .5, 0, "holds"), (.5, .9, 0, "does not hold"), (.5, .51, 0, "not resolvable"),
+                                                (.9, .91, .05, "holds"), (.5, .9, .05, "does not hold"), (.5, .55, .05, "not resolvable")])
+def test_verdicts(monkeypatch, a, b, margin, verdict):
+    monkeypatch.setattr(report, "ends", lambda name, suites, split: (np.array([dict(a=a, b=b)[name]] * 3), 200))
+    monkeypatch.setattr(report, "pairs", lambda *args: None)
+    report.claims.clear()
+    report.compare("a is above b", "a", "b", ["object"], margin=margin)
+    assert report.claims[0][-1] == verdict
+
+
+def test_every_seed_or_none():
+    assert report.every([True, True]) is True and report.every([False, False]) is False and report.every([True, False]) is None
+    assert report.apart([3, 4], [1, 2]) is True and report.apart([1, 2], [3, 4]) is False and report.apart([1, 4], [2, 3]) is None
+
+
+def test_steps_add_up_and_costs_include_what_came_before(tmp_path, monkeypatch):
+    rows = [{"step": 0, "charts/eval_success": .2}, {"step": 1, "charts/env_steps": 100, "charts/eval_success": .4, "time/update": 60},
+            {"step": 2, "charts/env_steps": 300, "time/rollout": 30}, {"step": 3, "charts/env_steps": 100, "charts/eval_success": .8, "time/teacher": 30}]
+    assert data.curve(rows).tolist() == [[0, 100, 500], [.2, .4, .8]] and data.curve(rows, x="iteration").tolist() == [[0, 1, 3], [.2, .4, .8]]
+    assert data.spent(rows).tolist() == [500, 2] and data.spent(rows, 400).tolist() == [500, 1.5]
+    runs = {"opd-exact": {1: rows}, "distill-grpo": {1: rows[:2]}, "road": {1: [{"charts/reference_env_steps": 7, "charts/reference_minutes": 1}] + rows[1:]}}
+    monkeypatch.setattr(data, "read", lambda suite, algorithm: runs[algorithm])
+    assert data.whole("object", "opd-exact").tolist() == [500, 2]
+    assert data.whole("object", "distill-grpo").tolist() == [600, 3] and data.whole("object", "road").tolist() == [507, 3]
+
+
+def test_where_existing_runs_come_from():
+    rows = {r["name"]: r for r in csv.DictReader((RESULTS / "runs.csv").open())}
+    for path in [*RESULTS.glob("*-[0-9].csv"), *(RESULTS / "episodes").glob("*.csv")]:
+        row = rows[path.stem.removesuffix("-ood")]
+        assert row["commit"] and row["command"] and row["versions"] and row["machine"], path.name
+    assert all(math.isfinite(float(r["seconds"] or 0)) for r in rows.values())

@@ -1,0 +1,192 @@
+"""What the CSV files say, and the statistics: for report.py and figures.py."""
+import csv
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+FOLDER, used = Path(__file__).resolve().parent, set()    # the folder in use; the runs read since it was cleared
+SUITES = ("spatial", "object", "goal", "long")
+SHIFTS = ("unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose", "repositioning")
+PHASES = ("rollout", "teacher", "reference", "advantages", "update", "demos")
+# Label, colour (Okabe and Ito's, told apart by colour-blind readers as well), line.
+STYLE = {
+    "teacher": ("Teacher", "#999999", ":"), "base": ("Base", "#999999", "--"), "student": ("Student", "#999999", "-"), "grpo": ("GRPO", "#000000", "-"),
+    "ppo": ("PPO", "#999999", "-"), "ppo-long": ("PPO, for as long as PPO + ROAD", "#000000", "-"), "sft-many": ("SFT, 50 demonstrations a task", "#009e73", "-"),
+    "opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "opd-sampled": ("VLA-OPD, sampled", "#0072b2", "-"), "distill-grpo": ("Distill + GRPO", "#d55e00", "--"),
+    "opd-rollout-reward": ("VLA-OPD, sampled, reward of the rollout policy", "#f0e442", "-"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00", "-"),
+    "opd-g4": ("VLA-OPD, exact, G = 4", "#cc79a7", "-"), "dagger-fkl": ("DAgger, forward KL", "#009e73", "-"), "dagger-ce": ("DAgger, hard CE", "#cc79a7", "-"),
+    "road": ("ROAD-VLA", "#56b4e9", "-"), "road-alpha-0": ("ROAD-VLA, alpha = 0", "#0072b2", "-"), "road-alpha-1": ("ROAD-VLA, alpha = 1", "#d55e00", "-"),
+    "road-jsd": ("ROAD-VLA, JSD", "#009e73", "-"), "road-no-gate": ("ROAD-VLA, no gate", "#e69f00", "-"), "road-positive": ("ROAD-VLA, positive only", "#cc79a7", "-"),
+    "text-mcts": ("text teacher: MCTS", "#0072b2", "-"), "text-rel-spatial": ("text teacher: RelSpatial", "#d55e00", "-"),
+    "text-plan-rel-spatial": ("text teacher: Plan + RelSpatial", "#000000", "-"),
+    **{f"road-reference-{n}": (f"ROAD-VLA, reference of {n} iterations", c, "-") for n, c in ((10, "#cc79a7"), (20, "#e69f00"), (30, "#009e73"))}}
+
+
+@cache
+def parse(path):
+    return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(path.open())]
+
+
+def find(folder, suite, algorithm, tail):
+    """{seed: path}; what has no seed, an evaluated checkpoint, is seed 0."""
+    name = f"tabletop-{suite}-{algorithm}"
+    return {int(p.name[len(name):].removesuffix(tail)[1:] or 0): p for p in sorted([*folder.glob(f"{name}-[0-9]{tail}"), *folder.glob(f"{name}{tail}")])}
+
+
+def read(suite, algorithm):
+    """{seed: rows} of tabletop-SUITE-ALGORITHM-SEED.csv."""
+    found = find(FOLDER, suite, algorithm, ".csv")
+    used.update(p.stem for p in found.values())
+    return {seed: parse(p) for seed, p in found.items()}
+
+
+def there(algorithms, suites):
+    """The (suite, algorithm) that have been trained."""
+    return [(suite, k) for suite in suites for k in algorithms if read(suite, k)]
+
+
+def played(suite, algorithm, split="eval"):
+    """{seed: {(task, state): success}} of the evaluation's episodes."""
+    found = find(FOLDER / "episodes", suite, algorithm, ".csv" if split == "eval" else "-ood.csv")
+    used.update(p.stem.removesuffix("-ood") for p in found.values())
+    return {seed: {(r["task"], r["init_state"]): r["success"] for r in parse(p)} for seed, p in found.items()}
+
+
+def tasks(episodes):
+    """Success of every task."""
+    return {t: np.mean([v for (task, _), v in episodes.items() if task == t]) for t in sorted({t for t, _ in episodes})}
+
+
+def size(row, split="eval"):
+    """How many episodes a Wilson interval comes from: its ends solve (p - x)^2 = z^2 / n x (1 - x)."""
+    p, low, high = (row[f"charts/{split}_{k}"] for k in ("success", "low", "high"))
+    p, low, high = (p, low, high) if p > .5 else (1 - p, 1 - high, 1 - low)
+    return round(1.96 ** 2 / (p * p / (low * high) - 1))
+
+
+def shipped(suite, algorithm, split):
+    """The same of a shipped checkpoint that was evaluated before episodes were kept (checkpoints.csv)."""
+    path = FOLDER / "checkpoints.csv"
+    rows = [r for r in csv.DictReader(path.open()) if (r["env"], r["role"]) == (f"tabletop-{suite}", algorithm)] if path.exists() and split == "eval" else ()
+    used.update(f"{r['env']}-{r['role']}" for r in rows)
+    return {0: (float(r["success"]) / 100, int(r["episodes"])) for r in rows}
+
+
+def success(suite, algorithm, split="eval"):
+    """{seed: (success, episodes)} at the end: of the evaluation's episodes, else of the training's last evaluation."""
+    last = {seed: [r for r in rows if f"charts/{split}_success" in r][-1:] for seed, rows in read(suite, algorithm).items()}
+    tested = {seed: (rows[0][f"charts/{split}_success"], size(rows[0], split)) for seed, rows in last.items() if rows} | shipped(suite, algorithm, split)
+    return tested | {seed: (np.mean([*e.values()]), len(e)) for seed, e in played(suite, algorithm, split).items()}
+
+
+def ends(algorithm, suites, split="eval"):
+    """Mean success over the suites of every seed that has them all, and the episodes of one seed."""
+    every = [success(suite, algorithm, split) for suite in suites]
+    seeds = sorted(set.intersection(*map(set, every)))
+    return np.array([np.mean([e[s][0] for e in every]) for s in seeds]), sum(e[seeds[0]][1] for e in every) if seeds else 0
+
+
+def curve(rows, key="charts/eval_success", x="steps"):
+    """Environment steps (or iterations) and the value, wherever it was measured."""
+    at = np.cumsum([r.get("charts/env_steps", 0) for r in rows]) if x == "steps" else [r["step"] for r in rows]
+    return np.array([(n, r[key]) for n, r in zip(at, rows) if key in r]).T
+
+
+def curves(suite, algorithm, key="charts/eval_success", x="steps"):
+    return {seed: curve(rows, key, x) for seed, rows in read(suite, algorithm).items() if any(key in r for r in rows)}
+
+
+def last(suite, algorithm, key, i=-1):
+    """The last (or i-th) value of every seed."""
+    return np.array([c[1][i] for c in curves(suite, algorithm, key).values()])
+
+
+def entropies(suite, algorithm):
+    """First, lowest, highest and last, of every seed."""
+    return np.array([(e[0], e.min(), e.max(), e[-1]) for _, e in curves(suite, algorithm, "losses/entropy").values()])
+
+
+def spent(rows, budget=np.inf):
+    """Environment steps, and minutes of all phases but evaluation, up to so many steps."""
+    steps = np.cumsum([r.get("charts/env_steps", 0) for r in rows])
+    return np.array([steps[-1], sum(r.get(f"time/{phase}", 0) for n, r in zip(steps, rows) for phase in PHASES if n <= budget) / 60])
+
+
+def whole(suite, algorithm):
+    """The same, mean over the seeds, with the run that it starts from (Distill + GRPO) or whose critic is the reference (ROAD)."""
+    before = read(suite, "opd-exact") if algorithm == "distill-grpo" else {}
+    return np.mean([spent(rows) + [rows[0].get(f"charts/reference_{k}", 0) for k in ("env_steps", "minutes")] + (spent(before[seed]) if seed in before else 0)
+                    for seed, rows in read(suite, algorithm).items()], 0)
+
+
+def forgetting():
+    """{algorithm: [(seen, unseen on goal, unseen on spatial) a seed]}, and the unseen tasks: those that the base could do."""
+    able = {suite: {t for e in played(suite, "base").values() for t, v in tasks(e).items() if v >= .8} for suite in ("goal", "spatial")}
+    points = {}
+    if not all(able.values()):
+        return points, able
+    for k in ("base", "student", "sft-many", "grpo", "opd-exact", "distill-grpo"):
+        seen, *unseen = played("object", k), *(played(suite, k if k == "base" else f"forget-{k}") for suite in able)
+        for seed in sorted(set(seen).intersection(*unseen)):
+            rest = [np.mean([v for t, v in tasks(u[seed]).items() if t in able[suite]]) for u, suite in zip(unseen, able)]
+            points.setdefault(k, []).append([np.mean([*seen[seed].values()]), *rest])
+    return points if points.keys() & {"sft-many", "grpo", "opd-exact"} else {}, able
+
+
+# ---------------------------------------------------------------------------------------------------------------------- statistics
+def wilson(p, n, z=1.96):
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0., (centre - half) / (1 + z * z / n)), min(1., (centre + half) / (1 + z * z / n))
+
+
+def iqm(x, repeats=2000):
+    """Interquartile mean of success [seeds, tasks] and its 95 % interval by a bootstrap that draws seeds anew within every task.  The library for this is
+    rliable; it is kept up, but brings arch, pandas, scipy, seaborn and statsmodels for these lines.  tests/test_results.py does it the long way."""
+    cut = x.size // 4
+    middle = lambda v: np.sort(v.reshape(len(v), -1))[:, cut:x.size - cut].mean(1)
+    drawn = np.take_along_axis(x[None], np.random.default_rng(0).integers(len(x), size=(repeats, *x.shape)), 1)
+    return middle(x[None])[0], *np.percentile(middle(drawn), (2.5, 97.5))
+
+
+def mcnemar(only_a, only_b):
+    """Exact two-sided p value of so many pairs of which one alone succeeded."""
+    n, least = only_a + only_b, min(only_a, only_b)
+    return min(1., 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2 ** n)
+
+
+def pairs(a, b, suites, split="eval"):
+    """How many pairs of episodes on the same initial state, of the same seed, a alone and b alone solved; None where a run's episodes are not there."""
+    counts = [0, 0]
+    for suite in suites:
+        one, two = played(suite, a, split), played(suite, b, split)
+        if len(one) < len(success(suite, a, split)) or len(two) < len(success(suite, b, split)):
+            return None
+        for seed in (one.keys() | two.keys()) - ({0} if len(one.keys() | two.keys()) > 1 else set()):
+            mine, theirs = (e.get(seed, e.get(0, {})) for e in (one, two))               # a checkpoint without a seed stands against all
+            counts = [n + sum(x[k] > y[k] for k in mine.keys() & theirs.keys()) for n, x, y in zip(counts, (mine, theirs), (theirs, mine))]
+    return counts
+
+
+def differ(a, b, n, pairs=None):
+    """Two-sided p value of a difference of mean success, n episodes a seed, by the larger of two variances: of the episodes (McNemar's test where the pairs on
+    the same initial states are known), of the seeds (few: Student's t)."""
+    p = (a.sum() + b.sum()) / (len(a) + len(b))
+    episodes, seeds = p * (1 - p) * (1 / (n * len(a)) + 1 / (n * len(b))), sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0 for x in (a, b))
+    t, freedom = abs(a.mean() - b.mean()) / max(math.sqrt(max(episodes, seeds)), 1e-9), len(a) + len(b) - 2
+    if episodes >= seeds:
+        return mcnemar(*pairs) if pairs else math.erfc(t / math.sqrt(2))
+    x = np.linspace(0, t, 10001)                         # the density of Student's t, by the trapezoid rule
+    density = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2) * (1 + x ** 2 / freedom) ** (-(freedom + 1) / 2)
+    return 1 - 2 * float(((density[1:] + density[:-1]) / 2 * np.diff(x)).sum())
+
+
+def every(flags):
+    """True if all are, False if none is, None in between."""
+    return all(flags) or (None if any(flags) else False)
+
+
+def apart(a, b):
+    """Is every seed of a above every seed of b?  False if below, None if they overlap."""
+    return True if min(a) > max(b) else False if max(a) < min(b) else None

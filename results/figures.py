@@ -1,0 +1,105 @@
+"""The figures of a results folder: mean over the seeds, and a band from the lowest to the highest; of one seed, success has its Wilson interval."""
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+import data
+from data import SHIFTS, STYLE, curve, curves, ends, read, there
+
+matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 180})
+STEPS, ITERATION, SUCCESS, ENTROPY = "environment steps, thousands", "iteration", "greedy success", "entropy, nats a token"
+OOD = "charts/ood_success"
+
+
+def band(axis, suite, algorithm, key="charts/eval_success", x="steps"):
+    lines, (label, colour, line) = curves(suite, algorithm, key, x), STYLE[algorithm]
+    if algorithm == "distill-grpo":                      # goes on where distillation ended
+        before = curves(suite, "opd-exact", x=x)
+        lines = {seed: c + [[before[seed][0][-1]], [0]] for seed, c in lines.items() if seed in before}
+    if not lines:
+        return
+    grid = np.linspace(max(c[0][0] for c in lines.values()), min(c[0][-1] for c in lines.values()), 100)
+    y = np.array([np.interp(grid, *c) for c in lines.values()])
+    low, high = y.min(0), y.max(0)
+    if len(y) == 1 and key.endswith("success"):
+        (seed, c), = lines.items()
+        low, high = (np.interp(grid, c[0], curve(read(suite, algorithm)[seed], key.replace("success", end))[1]) for end in ("low", "high"))
+    scale = 1e-3 if x == "steps" else 1
+    axis.plot(scale * grid, y.mean(0), color=colour, ls=line, lw=1.3, label=label)
+    axis.fill_between(scale * grid, low, high, color=colour, alpha=.18, lw=0)
+
+
+def panels(rows, columns, height=2.1, **kw):
+    figure = Figure(figsize=(7, height * rows + .4), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **kw)
+
+
+def save(figure, name, columns=4):
+    """One legend below all panels."""
+    found = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=7)
+    figure.savefig(data.FOLDER / name)
+
+
+def grid_of(name, algorithms, suites, columns, legend=4):
+    """A row of panels a suite; columns: (key, x, y label, x label)."""
+    suites = list(dict.fromkeys(suite for suite, _ in there(algorithms, suites)))
+    if not suites:
+        return
+    figure, axes = panels(len(suites), len(columns), sharex="col", sharey="col")
+    for line, suite in zip(axes, suites):
+        for axis, (key, x, label, below) in zip(line, columns):
+            for k in algorithms:
+                band(axis, suite, k, key, x)
+            if key == "charts/eval_success":
+                for value in ends("teacher", [suite])[0]:
+                    axis.axhline(value, color="#999999", ls=":", lw=1, label="Teacher")
+            axis.set(title=f"tabletop-{suite}", ylabel=label, xlabel=below if suite == suites[-1] else "")
+            key.endswith("success") and axis.set_ylim(0, 1)
+    save(figure, name, legend)
+
+
+def draw():
+    eval_ = "charts/eval_success"
+    grid_of("algorithms.png", ("grpo", "ppo", "road", "opd-exact", "opd-sampled", "opd-g2", "dagger-fkl", "dagger-ce"), ["object"],
+            [(eval_, "steps", SUCCESS, STEPS), ("losses/entropy", "steps", ENTROPY, STEPS)])
+    grid_of("opd-fig2.png", ("grpo", "opd-exact", "opd-sampled", "distill-grpo"), ["object", "long"],
+            [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)], 5)
+    grid_of("opd-fig4.png", ("opd-exact", "opd-sampled", "dagger-fkl", "dagger-ce"), ["object", "two-arm"],
+            [(eval_, "iteration", SUCCESS, ITERATION), ("losses/entropy", "iteration", ENTROPY, ITERATION)], 5)
+    grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)])
+    for name, others in (("alpha", ("road-alpha-0", "road", "road-alpha-1")), ("reference", (*(f"road-reference-{n}" for n in (10, 20, 30)), "road"))):
+        if len(there(others, ["repositioning"])) > 1:
+            grid_of(f"road-{name}.png", others, ["repositioning"],
+                    [(OOD, "iteration", "success, out of distribution", ITERATION), ("losses/critic_agreement", "iteration", "critics agree", ITERATION)])
+    if points := data.forgetting()[0]:
+        figure, axes = panels(1, 2, 2.5, sharex=True, sharey=True)
+        for k, seeds in points.items():
+            for axis, i, suite in zip(axes[0], (1, 2), ("goal", "spatial")):
+                axis.scatter(*np.array(seeds)[:, [0, i]].T, s=70 if k == "base" else 28, marker=dict(base="*", student="s").get(k, "o"), label=STYLE[k][0],
+                             edgecolors=STYLE[k][1], facecolors="none" if k == "distill-grpo" else STYLE[k][1])
+                axis.set(xlabel="seen: success on tabletop-object", ylabel="unseen: success" if i == 1 else "", title=f"unseen: tabletop-{suite}",
+                         xlim=(0, 1.02), ylim=(0, 1.02))
+        save(figure, "opd-fig3.png", 6)
+    if suites := [suite for suite, _ in there(["road"], SHIFTS)]:
+        figure, axes = panels(-(-len(suites) // 4), min(4, len(suites)), 1.7, sharex=True, sharey=True)
+        for axis, suite in zip(axes.flat, suites):
+            for k in ("ppo", "road"):
+                band(axis, suite, k, OOD)
+            axis.set(title=suite, ylim=(0, 1))
+        [axis.axis("off") for axis in axes.flat[len(suites):]]
+        [axis.tick_params(labelbottom=True) for axis in axes.flat[max(0, len(suites) - 4):len(suites)]]
+        axes[-1][0].set_xlabel(STEPS), figure.supylabel("success, out of distribution", fontsize=8)
+        save(figure, "road-fig2.png")
+        figure, axes = panels(1, 3, 2.3)
+        for k in ("ppo", "road"):
+            band(axes[0][0], "repositioning", k, "losses/entropy", "iteration")
+        for i, suite in enumerate(suites):
+            for axis, key in zip(axes[0][1:], ("losses/mean_weight", "losses/critic_agreement")):
+                lines = [c[1] for c in curves(suite, "road", key, "iteration").values()]
+                mean = np.convolve(np.mean([c[:min(map(len, lines))] for c in lines], 0), np.ones(5) / 5, "valid")
+                axis.plot(3 + np.arange(len(mean)), mean, color=matplotlib.colormaps["cividis"](i / 7), lw=1.1, label=suite)
+        for axis, label, title in zip(axes[0], (ENTROPY, "mean advantage weight", "critics agree"), ("tabletop-repositioning", *["running mean of 5 iterations"] * 2)):
+            axis.set(xlabel=ITERATION, ylabel=label, title=title)
+        axes[0][1].axhline(0, color="#999999", lw=.6)
+        save(figure, "road-fig3.png", 5)
