@@ -17,6 +17,9 @@ STYLE = {
     "opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "opd-sampled": ("VLA-OPD, sampled", "#0072b2", "-"), "distill-grpo": ("Distill + GRPO", "#d55e00", "--"),
     "opd-rollout-reward": ("VLA-OPD, sampled, reward of the rollout policy", "#f0e442", "-"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00", "-"),
     "opd-g4": ("VLA-OPD, exact, G = 4", "#cc79a7", "-"), "dagger-fkl": ("DAgger, forward KL", "#009e73", "-"), "dagger-ce": ("DAgger, hard CE", "#cc79a7", "-"),
+    "plain-teacher": ("plain teacher", "#999999", ":"), "plain-exact": ("VLA-OPD, exact, plain teacher", "#d55e00", ":"),
+    "plain-sampled": ("VLA-OPD, sampled, plain teacher", "#0072b2", ":"), "plain-fkl": ("DAgger, forward KL, plain teacher", "#009e73", ":"),
+    "plain-ce": ("DAgger, hard CE, plain teacher", "#cc79a7", ":"),
     "road": ("ROAD-VLA", "#56b4e9", "-"), "road-alpha-0": ("ROAD-VLA, alpha = 0", "#0072b2", "-"), "road-alpha-1": ("ROAD-VLA, alpha = 1", "#d55e00", "-"),
     "road-jsd": ("ROAD-VLA, JSD", "#009e73", "-"), "road-no-gate": ("ROAD-VLA, no gate", "#e69f00", "-"), "road-positive": ("ROAD-VLA, positive only", "#cc79a7", "-"),
     "text-mcts": ("text teacher: MCTS", "#0072b2", "-"), "text-rel-spatial": ("text teacher: RelSpatial", "#d55e00", "-"),
@@ -40,6 +43,12 @@ def read(suite, algorithm):
     found = find(FOLDER, suite, algorithm, ".csv")
     used.update(p.stem for p in found.values())
     return {seed: parse(p) for seed, p in found.items()}
+
+
+def simulated():
+    """{name: rows} of what was trained on another simulator and evaluated before and after."""
+    found = {p.stem: parse(p) for p in sorted(FOLDER.glob("*-[0-9].csv")) if not p.name.startswith("tabletop")}
+    return {name: rows for name, rows in found.items() if sum("charts/eval_success" in r for r in rows) > 1}
 
 
 def there(algorithms, suites):

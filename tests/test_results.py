@@ -83,7 +83,7 @@ def test_an_empty_folder_says_so(tmp_path, monkeypatch):
 def test_other_simulators_are_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
     shutil.copy(RESULTS / "tabletop-object-opd-exact-1.csv", tmp_path / "libero-object-opd-exact-1.csv")
-    assert "| libero-object-opd-exact-1 | 45.5 | 90.5 | 200 | 10 |" in report.page()
+    assert "| libero-object-opd-exact-1 | 45.5 [38.7, 52.4] | 90.5 [85.6, 93.8] | 200 | 10 |" in report.page()
 
 
 @pytest.mark.parametrize("t,p", [(2.776, .05), (4.604, .01), (.741, .5)])                # a table of Student's t, 4 degrees of freedom
