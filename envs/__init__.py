@@ -21,7 +21,7 @@ What users get (gymnasium's VectorEnv conventions):
     env.fixed_horizon = True    RL4VLA's training: success does not end the episode, and the reward is the change, since the chunk before, of
         0.1 (grasped so far) + 0.1 (held for 5 steps in a row so far) + 1 (the goal holds now, and grasped so far)
 """
-import importlib, os, subprocess, sys, time
+import importlib, os, re, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ import numpy as np
 TABLETOP = ("spatial", "object", "goal", "long", "unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose",
             "repositioning", "two-arm")
 SUITES = {"tabletop": ("TabletopEnv", TABLETOP), "libero": ("LiberoEnv", TABLETOP[:4]), "rl4vla": ("RL4VLAEnv", ("main", *TABLETOP[4:11])),
+          "maniskill": ("ManiSkillEnv", TABLETOP[4:11]),
           "robotwin": ("RoboTwinEnv", ("pick-dual-bottles", "place-empty-cup", "handover-block", "stack-bowls-two", "beat-block-hammer"))}
 
 
@@ -49,17 +50,15 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
 
     def __init__(self, suite, num_envs, seed):
-        self.suite, self.num_envs, self.seed, self.closed = suite, num_envs, seed, False
+        self.suite, self.num_envs, self.seed, self.closed, self.rng = suite, num_envs, seed, False, np.random.default_rng(seed)
         box, text = gymnasium.spaces.Box(0, 255, (suite.image, suite.image, 3), np.uint8), gymnasium.spaces.Text(256, charset=[chr(c) for c in range(32, 127)])
         self.single_observation_space = gymnasium.spaces.Dict(image=box, instruction=text)
         self.single_action_space = gymnasium.spaces.Box(-1, 1, (suite.chunk, suite.action_dim), np.float32)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.task, self.init_state, self.steps = (np.zeros(num_envs, int) for _ in range(3))
+        self.task, self.init_state, self.steps, self.in_a_row = (np.zeros(num_envs, int) for _ in range(4))
         self.done, self.split, self.fixed_horizon = np.ones(num_envs, bool), np.full(num_envs, "train", object), False
         self.succeeded, self.grasped, self.kept, self.holds = (np.zeros(num_envs, bool) for _ in range(4))
-        self.in_a_row = np.zeros(num_envs, int)
-        self.rng = np.random.default_rng(seed)
         self.image, self.instruction = np.zeros((num_envs, suite.image, suite.image, 3), np.uint8), [""] * num_envs
 
     def reset(self, *, seed=None, options=None):
@@ -114,10 +113,9 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
 def checkpoint(env_id, role):
     """The suite's own student or teacher: a hub id, or a folder shipped with the repository, or made now by sft.py."""
     if env_id.startswith("libero"):
-        from envs.libero import checkpoint
-        return checkpoint(env_id, role)
+        return importlib.import_module("envs.libero").checkpoint(env_id, role)
     if not env_id.startswith("tabletop"):
-        raise SystemExit(f"{env_id} has no default {role}: name a folder or a hub id")
+        raise SystemExit(f"{env_id} has no default {role}: name a folder or a hub id" + f" (python algos/sft.py --env {env_id} makes one)" * env_id.startswith("maniskill-"))
     root, name = Path(__file__).resolve().parents[1], f"{env_id}-{role}"
     folder, command = root / "checkpoints" / name, [sys.executable, str(root / "algos" / "sft.py"), "--make", name]
     if not (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
@@ -130,6 +128,8 @@ def checkpoint(env_id, role):
 
 def vocabulary(env_id):
     """The words of a suite's instructions, those of its unseen objects too."""
+    if env_id.startswith("maniskill"):
+        return importlib.import_module("envs.maniskill").vocabulary(env_id)
     if env_id.startswith("rl4vla"):
         from envs.rl4vla import OBJECTS, PLATES
         return {w for k in (*OBJECTS, *PLATES, "put on") for w in k.lower().split()}
@@ -142,9 +142,9 @@ def known():
 
 
 def make(env_id, num_envs=1, seed=0, **kwargs):
-    """Imports the suite's adapter only.  LIBERO's and RoboTwin's names take options behind them: envs/libero.py, envs/robotwin.py."""
-    prefix, _, name = env_id.partition("-")
+    """Imports the suite's adapter only.  LIBERO's, RoboTwin's and ManiSkill's names take options behind them; maniskill:ID is any of ManiSkill's tasks."""
+    prefix, name = re.match(r"(\w*)-?(.*)", env_id).groups()
     adapter, names = SUITES.get(prefix, ("", ()))
-    if name in names or prefix in ("libero", "robotwin") and name.startswith(tuple(f"{n}-" for n in names)):
+    if name in names or prefix in ("libero", "robotwin", "maniskill") and name.startswith(tuple(f"{n}-" for n in names)) or env_id[:10] == "maniskill:":
         return getattr(importlib.import_module(f"envs.{prefix}"), adapter)(name, num_envs, seed, **kwargs)
     raise SystemExit(f"unknown environment {env_id!r}; known: {', '.join(f'{k}-{n}' for k, (_, names) in SUITES.items() for n in names)}")
