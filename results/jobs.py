@@ -57,9 +57,13 @@ SMALL = dict.fromkeys(("vla_opd", "dagger_forward_kl", "dagger_hard_ce"), "--num
 SMALL |= dict.fromkeys(("ppo", "road_vla", "road_vla_text"), "--num-iterations 6 --eval-every 3 --eval-episodes-per-task 5")
 SMALL |= dict(grpo="--num-iterations 3 --batch-prompts 16 --eval-episodes-per-task 5", evaluate="--episodes-per-task 5",
               sft="--demos-per-task 10 --num-iterations 2 --eval-episodes-per-task 5")
+# What a real simulator runs; robotwin with the ablation of objectives.
+REAL = dict(libero="opd-exact grpo", rl4vla="ppo road", maniskill="ppo road", robotwin="opd-exact opd-sampled dagger-fkl dagger-ce grpo")
+DISTILS = ("vla_opd", "dagger_forward_kl", "dagger_hard_ce")
 # What a 7B model needs (the torchrun lines of the scripts).
-BIG = dict.fromkeys(("vla_opd", "grpo", "ppo", "road_vla"), "--lora-rank 32 --dtype bfloat16 --micro-batch-size 8 --query-batch-size 32 --num-envs 64")
-BIG |= dict(vla_opd=f"{BIG['vla_opd']} --group-size 2 --learning-rate 2e-6 --temperature 1.6", evaluate="--dtype bfloat16 --query-batch-size 32 --num-envs 64",
+BIG = dict.fromkeys((*DISTILS, "grpo", "ppo", "road_vla"), "--lora-rank 32 --dtype bfloat16 --micro-batch-size 8 --query-batch-size 32 --num-envs 64")
+BIG |= {k: f"{BIG[k]} --group-size 2 --learning-rate 2e-6 --temperature 1.6" for k in DISTILS}
+BIG |= dict(evaluate="--dtype bfloat16 --query-batch-size 32 --num-envs 64",
             grpo=f"{BIG['grpo']} --learning-rate 5e-6 --temperature 1.6 --updates-per-rollout 4")
 BIG |= {k: f"{BIG[k]} --learning-rate 1e-4 --max-grad-norm 10 --updates-per-rollout 32 --eval-temperature 0.6" for k in ("ppo", "road_vla")}
 # Iterations by default and seconds of one core for each: what the time left starts from.
@@ -154,7 +158,7 @@ def make_jobs(what, seeds, student="", teacher=""):
         sys.path.insert(0, str(ROOT))
         import envs
         names = [k for k in envs.SUITES.get(kind, ("", ()))[1] if k != "main"]
-        tables = [(kind, names, "ppo road" if kind in ("rl4vla", "maniskill") else "opd-exact grpo")]
+        tables = [(kind, names, REAL[kind])]
         envs.make(f"{kind}-{(names or ['?'])[0]}", 1).close()                            # says here, in one sentence, if the simulator is missing
 
     def add(suite, algorithm, seed):
@@ -171,7 +175,7 @@ def make_jobs(what, seeds, student="", teacher=""):
         words = [os.path.normpath(f"algos/{script}")] + (["--env", env] if suite else []) + (["--seed", str(seed)] if seeded and stem != "evaluate" else [])
         words += [re.sub("{(.+?)}", directory, flag) for flag in flags]
         if suite and stem != "evaluate":
-            words += sizes.get(stem, "").split() + ["--student", student] * bool(student) + ["--teacher", teacher] * (bool(teacher) and stem == "vla_opd")
+            words += sizes.get(stem, "").split() + ["--student", student] * bool(student) + ["--teacher", teacher] * (bool(teacher) and stem in DISTILS)
         splits = () if not suite else ("eval", "ood") if suite in SHIFTS else ("eval",)
         jobs[name] = Job(name, env, words, ["--episodes-per-task", "20", *sizes.get("evaluate", "").split()], ROOT / "runs" / runs / name, needs, splits)
         return name
