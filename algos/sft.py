@@ -54,7 +54,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
-    make: str = ""  # make a shipped checkpoint by its recipe, which overrides the other flags: tabletop-base, ENV-student or ENV-teacher
+    make: str = ""  # make a shipped checkpoint by its recipe, which overrides the other flags: tabletop-start, tabletop-base, ENV-student or ENV-teacher
     data: str = ""  # folder of HDF5 demonstrations (LIBERO, robomimic); default: the suite's scripted expert
     batch_size: int = 128  # samples per optimiser step, in every process
     demos_per_task: int = 1  # demonstrations per task

@@ -1,6 +1,6 @@
 """envs.make(env_id, ...) -> one gymnasium vector environment for every suite.  This docstring is the contract; an adapter is one file beside this one.
 
-To add a simulator, write `class MyEnv(SimulatorEnv)` and add its prefix to `make` below.  Its constructor calls
+To add a simulator, write `class MyEnv(SimulatorEnv)` and add its names to SUITES below.  Its constructor calls
     super().__init__(Suite(name, tasks, splits, max_steps, action_dim, chunk, image), num_envs, seed)
       tasks    the instructions, one a task
       splits   {"train": [...], "eval": [...]} initial states (integers), disjoint; shifted suites have an "ood" split as well, with scenes of its own

@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--seeds", type=int, help="seeds 1 to N (default: 3; quick and simulators 1)")
     parser.add_argument("--missing", action="store_true", help="run only what results/ has no CSV of, and what that needs")
     parser.add_argument("--list", action="store_true", help="say what would run, and what is finished")
-    parser.add_argument("--student", default="", help="libero, maniskill, rl4vla, robotwin: the checkpoint to start from, if not the suite's own")
+    parser.add_argument("--student", default="", help="libero, maniskill, rl4vla, robotwin: the checkpoint to start from; maniskill, rl4vla and robotwin have none of their own")
     parser.add_argument("--teacher", default="", help="and the teacher")
     args = parser.parse_args()
     if wrong := [k for k in args.what if k not in ("quick", "full", *SIMULATORS, *tables)]:

@@ -394,7 +394,7 @@ def simulators():
     if rows:
         yield from table(("run", "before", "after", "episodes", "iterations", "environment steps", "minutes"), rows)
     if any(row[0].startswith("libero-object-nomsaa") for row in rows):
-        yield "LIBERO in miniature: README's commands, tiny models of 96 pixels, scripted demonstrations, 10 tasks of 5 or 10 evaluation states. Some meshes had stand-in textures (other"
+        yield "LIBERO in miniature: README's commands (the one-demonstration student's is in runs.csv), tiny models of 96 pixels, scripted demonstrations, 10 tasks of 1, 3, 5 or 10 evaluation states. Some meshes had stand-in textures (other"
         yield "pictures, the same physics), so the published checkpoints' numbers are no measure for these. Minutes: one core, without evaluation. Distillation fails here, for now:"
         yield "most queries are of the student's failures, 280 steps long, which no demonstration of the teacher resembles. It was stopped after three iterations.\n"
     if data.simulated():
@@ -429,7 +429,7 @@ def page():
     summary, told, body = [], [], []
     for title, what, section, figure in SECTIONS:
         [kept.clear() for kept in (used, claims)]
-        lines, command = [*section()], f"`./benchmark.sh {what}`"
+        lines, command = [*section()], f"`./benchmark.sh {what}`" if what != "libero" else "README, LIBERO"
         if lines:
             origin, link = [r for r in runs() if r["name"] in used], re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
             each, verdicts = lambda k: ", ".join(sorted({r[k] for r in origin if r[k]})), [c[-1] for c in claims]
