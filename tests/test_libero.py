@@ -469,6 +469,7 @@ def test_disturbed_demonstrations(tmp_path, env):
     first, *_, last = np.linalg.norm(points["cream_cheese"] - points["basket"], axis=1)
     assert last < .2 and last < first / 2                # over the basket's rim, above its middle
     assert np.linalg.norm(points["hand"] - points["cream_cheese"], axis=1).min() < .05
+    assert (abs(points["basket"] - (.2, .6)) < .1).all()  # where it is in the picture: left, below the middle
     model = sft.tiny(["a"], image=96, chunk=8)
     (pictures, index, pixels), = sft.look_at([demo], model)
     assert pictures.shape == (len(images), 96, 96, 3) and index.max() == len(points) - 1 and np.allclose(pixels[:, sorted(points).index("hand")], points["hand"] * 96)
