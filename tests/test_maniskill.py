@@ -206,6 +206,17 @@ def test_expert_and_reward(env, name, split):
 
 
 @simulated
+def test_held_on_the_plate_is_no_success(env):
+    """Over the plate, touching it, at rest, but never let go."""
+    reset(env)
+    while not env.done.all():
+        action = env.expert_action()
+        action[env.grasped, 6] = -1
+        env.step(action[:, None])
+    assert env.grasped.all() and env.holding.all() and not env.succeeded.any()
+
+
+@simulated
 def test_fixed_horizon(env):
     """The expert stays away from what it has placed: .1 grasped, .1 held for 5 steps in a row, 1 for the goal, and it counts until the end."""
     env.fixed_horizon, total = True, 0.
