@@ -12,8 +12,7 @@ What matters, and why
  3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them (of all models).
  4. A rollout serves several optimiser steps (--updates-per-rollout).  The loss does not depend on how the states were sampled, so there is no ratio.
  5. --loss-agg sum is the paper's: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq, as
-    RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.
-    Tokens behind the episode's end, inside a chunk too, are no part of the trajectory: weight 0.
+    RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
  6. Learning rate, temperature and optimiser steps per rollout are not in the paper; the defaults suit the tiny model.
 """
 import datetime, json, math, os, re, shutil, sys, time
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # envs/ is found from any working directory
-
 
 @dataclass
 class Args:
@@ -56,14 +54,10 @@ class Args:
     updates_per_rollout: int = 16  # optimiser steps per rollout, each on its own share of the trajectories
     loss_agg: Literal["sum", "seq", "token"] = "sum"  # how tokens are added up, see above
 
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)                            # before torch is imported: --help is instant
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from matplotlib.figure import Figure
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -74,48 +68,38 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import envs
 
 # --- block policy
-# One class for every size: a toy of 0.25 M parameters, OpenVLA-7B (autoregressive), OpenVLA-OFT with discrete tokens (parallel).  Modules have the names
-# of the official checkpoints, so that loading is load_state_dict of their safetensors.
+# One class for every size: a toy of 0.25 M parameters, OpenVLA-7B (autoregressive), OpenVLA-OFT (parallel), with the official checkpoints' names of weights.
 BINS, BOS, STOP, LONE = 256, 1, 2, 29871             # action tokens: the 256 ids before the rows that pad the vocabulary.  LONE: "▁", wanted after "Out:"
 DINO = dict(dim=1024, depth=24, heads=16, hidden=4096, patch=14, registers=4, mean=[.485, .456, .406], std=[.229, .224, .225])
 SIGLIP = dict(dim=1152, depth=27, heads=16, hidden=4304, patch=14, registers=0, mean=[.5] * 3, std=[.5] * 3)
-
-
-class Block(nn.Module):
-    def __init__(self, dim, heads, hidden, scale):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(dim)} if scale else {}) for _ in range(2))     # LayerScale: DINOv2's
-
-    def forward(self, x):
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)) * (self.ls1["scale_factor"] if len(self.ls1) else 1)
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))) * (self.ls2["scale_factor"] if len(self.ls2) else 1)
-
 
 class ViT(nn.Module):
     """DINOv2 or SigLIP in timm's names, read at the second-to-last block, without the final norm: [B, 3, H, W] -> [B, patches, dim]."""
     def __init__(self, image, dim, depth, heads, hidden, patch, registers):
         super().__init__()
-        self.dim, self.registers = dim, registers
+        self.dim, self.heads, self.registers = dim, heads, registers
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.pos_embed = nn.Parameter(.02 * torch.randn(1, (image // patch) ** 2, dim))
         if registers:                                # prepended after the position embedding
             self.cls_token, self.reg_token = (nn.Parameter(.02 * torch.randn(1, n, dim)) for n in (1, registers))
-        self.blocks = nn.ModuleList(Block(dim, heads, hidden, registers > 0) for _ in range(depth - 1))
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            norm1=nn.LayerNorm(dim, eps=1e-6), attn=nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim))),
+            norm2=nn.LayerNorm(dim, eps=1e-6), mlp=nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim))),
+            **{k: nn.ParameterDict({"scale_factor": torch.ones(dim)}) for k in ("ls1", "ls2") if registers})) for _ in range(depth - 1))     # LayerScale: DINOv2's
 
     def forward(self, x):
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
         if self.registers:
             x = torch.cat([t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)] + [x], 1)
-        return nn.Sequential(*self.blocks)(x)[:, -self.pos_embed.shape[1]:]
-
+        for b in self.blocks:
+            scale = [b[k]["scale_factor"] if self.registers else 1 for k in ("ls1", "ls2")]
+            q, k, v = b["attn"]["qkv"](b["norm1"](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            x = x + b["attn"]["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)) * scale[0]
+            x = x + b["mlp"]["fc2"](F.gelu(b["mlp"]["fc1"](b["norm2"](x)))) * scale[1]
+        return x[:, -self.pos_embed.shape[1]:]
 
 class ConvTower(nn.Module):
     """The toy's eyes: every token is one keypoint and tells where it is and what is there. [B, 3, H, W] -> [B, tokens, dim]."""
@@ -125,8 +109,6 @@ class ConvTower(nn.Module):
         self.features = nn.Sequential(nn.Conv2d(3, width // 2, 5, 2, 2), nn.ReLU(), nn.Conv2d(width // 2, width, 3, 2, 1), nn.ReLU(),
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
-        for conv in (*self.features[::2], self.heatmaps):
-            nn.init.kaiming_normal_(conv.weight)     # keeps the signal's size through the ReLUs; torch's default shrinks it
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
         self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
 
@@ -138,9 +120,10 @@ class ConvTower(nn.Module):
         angle = (xy[..., None] * torch.tensor([.5, 1, 2, 4]).to(heat) * math.pi).flatten(2)
         return torch.cat([what, xy, angle.sin(), angle.cos(), log_heat.amax(-1, keepdim=True)], -1).to(f) + self.name
 
-
 class VLA(nn.Module):
     """config: the official config.json as a dict, plus our own optional keys: towers, decoding, chunk, action_dim, action_slots, prompt, unnorm_key."""
+    device = property(lambda self: self.language_model.device)
+
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer, self.rows, self.lora, self.compute = dict(config), tokenizer, {}, None, torch.float32
@@ -155,8 +138,6 @@ class VLA(nn.Module):
         dim, d = sum(t.dim for t in towers), llama.hidden_size
         sizes = [dim, 4 * dim, d, d] if len(towers) > 1 else [dim, d, d]
         self.projector = nn.ModuleDict({f"fc{i}": nn.Linear(a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1)})
-        for fc in self.projector.values():
-            nn.init.normal_(fc.weight, std=fc.in_features ** -.5)
         self.language_model = LlamaForCausalLM(llama)
         if self.parallel and config.get("action_slots"):     # learned slots instead of OFT's zeros: a toy learns faster with them
             self.action_slots = nn.Parameter(config["action_slots"] * torch.randn(1, self.num_tokens, d))
@@ -169,7 +150,7 @@ class VLA(nn.Module):
             try:                                     # never code, never pickles
                 folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
             except Exception as e:
-                sys.exit(f"{path} is no folder, and the hub did not give it ({type(e).__name__}): run `hf download {path} --local-dir {Path(path).name}`, pass that folder")
+                sys.exit(f"{path} is no folder, the hub did not give it ({type(e).__name__}): run `hf download {path} --local-dir {Path(path).name}`, pass that folder")
         read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         says = dict(decoding="parallel") if re.search("(?i)openvla-?oft", Path(path).name) else {}     # their configs do not
         config = {**says, **read("config.json"), **(dict(norm_stats=s) if (s := read("dataset_statistics.json")) else {}), **extra}
@@ -192,10 +173,9 @@ class VLA(nn.Module):
         if wrong := sorted(k for k in state.keys() | wanted if k not in state or k not in wanted or state[k].shape != wanted[k].shape):
             sys.exit(f"{folder}: its config.json and its weights do not fit, first at {wrong[0]} ({len(wrong)} tensors); fetch it again with `hf download`")
         model.load_state_dict(state, assign=True)
-        model.language_model.model.rotary_emb = LlamaRotaryEmbedding(model.language_model.config)     # float32 whatever dtype is
-        if load_in_4bit:
-            lora_rank or not trainable or sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
-            model.quantize(dtype)
+        model.language_model.model.rotary_emb = type(model.language_model.model.rotary_emb)(model.language_model.config)     # float32 whatever dtype is
+        load_in_4bit and trainable and not lora_rank and sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
+        load_in_4bit and model.quantize(dtype)
         model = model.to(device).eval()
         model.compute = dtype
         if lora_rank:
@@ -236,29 +216,21 @@ class VLA(nn.Module):
             self.tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(self.config, indent=1))     # last: who waits for a checkpoint waits for this
 
-    device = property(lambda self: self.language_model.device)
-
     def prepare(self, images):
         """uint8 pictures [B, H, W, 3] -> uint8 tensor [B, S, S, 3], resized like the official processor (PIL's bicubic)."""
-        s = self.image
-        if images.shape[1:3] == (s, s):
-            return torch.as_tensor(images)
-        return torch.stack([torch.from_numpy(np.array(Image.fromarray(x).resize((s, s), Image.BICUBIC))) for x in np.asarray(images)])
+        resize = lambda x: np.array(Image.fromarray(x).resize((self.image, self.image), Image.BICUBIC))
+        return torch.from_numpy(np.stack([resize(x) for x in np.asarray(images)]))
 
     def tokenize(self, instructions):
         """ids [B, N] and mask: <s>, padding (where the picture goes), the prompt; so any batch gives what one-by-one gives."""
-        if isinstance(instructions, tuple):          # ids and mask already
-            return instructions
         for text in set(instructions) - self.rows.keys():
-            if self.tokenizer is None:
-                sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
+            self.tokenizer or sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
             prompt = self.config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
             row, llama = self.tokenizer(prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
-        rows = [self.rows[t] for t in instructions]
-        n = max(map(len, rows))
-        return (torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device),
-                torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device))
+        n = max(map(len, rows := [self.rows[t] for t in instructions]))
+        both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
+        return torch.tensor(both, device=self.device).unbind(1)
 
     def prefix(self, images, ids, mask):
         """<s>, the picture's tokens, the prompt.  images: prepared uint8 [B, S, S, 3] (or already normalised [B, 3 * towers, S, S])."""
@@ -317,8 +289,7 @@ class VLA(nn.Module):
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
-        if key not in stats:
-            sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
+        key in stats or sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
         return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
 
     def actions(self, tokens):
@@ -326,8 +297,6 @@ class VLA(nn.Module):
         low, high = self.ranges()
         index = (BINS - 1 - torch.as_tensor(tokens).cpu().numpy()).clip(0, BINS - 2).reshape(-1, self.chunk, self.action_dim)
         return (low + (index + .5) / (BINS - 1) * (high - low)).astype(np.float32)
-# --- end policy
-
 
 # --- block rollout
 def rollout(env, model, task, init_state, split, temperature, batch_size, generator=None, frames=None):
@@ -357,7 +326,6 @@ def rollout(env, model, task, init_state, split, temperature, batch_size, genera
     batch = dict(zip(("image", "tokens", "logp", "state", "mask", "reward", "episode"), map(torch.cat, tensors)), instruction=sum(texts, []))
     return dict(batch, **dict(zip(("success", "grasped", "length"), outcome)), env_seconds=seconds)
 
-
 def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed, rank=0, world=1, video=None):
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
@@ -371,26 +339,22 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
-
 def all_sum(x, world):
     """The sum over all processes."""
     world > 1 and dist.all_reduce(x)
     return x
-
 
 def wilson(success, z=1.96):
     """Wilson's 95 % interval of a success rate."""
     n, p = success.size, success.mean()
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0., min(p, (centre - half) / (1 + z * z / n))), min(1., max(p, (centre + half) / (1 + z * z / n)))
-# --- end rollout
-
 
 # --- block run
 class Run:
     """A run directory: args.json, metrics.csv, curve.png, TensorBoard events, checkpoint/.  Only process 0 writes."""
     def __init__(self, args, name, rank):
-        self.dir, self.rank, self.rows = Path(args.run_dir or f"runs/{args.env}-{name}-{args.seed}"), rank, []
+        self.dir, self.rows = Path(args.run_dir or f"runs/{args.env}-{name}-{args.seed}"), []
         self.checkpoint, self.old = self.dir / "checkpoint", self.dir / "checkpoint.old"
         if self.old.exists() and not self.checkpoint.exists() and rank == 0:     # killed between the two renames of save()
             self.old.rename(self.checkpoint)
@@ -398,32 +362,29 @@ class Run:
         if args.resume != self.checkpoint.exists():
             sys.exit(f"nothing to resume: {self.checkpoint} does not exist; start without --resume" if args.resume else
                      f"{self.dir} holds a run already: add --resume to go on with it, or choose another --run-dir")
-        if rank == 0:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-            if args.track:
-                find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
-                import wandb
-                wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
-            self.writer = SummaryWriter(str(self.dir))
+        if rank > 0:
+            self.log = self.save = self.finish = lambda *words: None
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
+        if args.track:
+            find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
+            import wandb
+            wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.dir))
 
     def log(self, step, metrics):
-        if self.rank:
-            return
         self.rows.append(dict(step=step, **metrics))
         names = list(dict.fromkeys(k for row in self.rows for k in row))
         (self.dir / "metrics.tmp").write_text("\n".join(",".join(map(str, r)) for r in (names, *([row.get(k, "") for k in names] for row in self.rows))) + "\n")
         os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
-        for k, v in metrics.items():
-            self.writer.add_scalar(k, v, step)
+        [self.writer.add_scalar(k, v, step) for k, v in metrics.items()]
 
     def save(self, model, optimizers, step):
         """All or nothing: written beside the old checkpoint, flushed to disk, then renamed."""
-        if self.rank:
-            return
         new = self.dir / "checkpoint.tmp"
         try:
-            shutil.rmtree(new, ignore_errors=True)
+            [shutil.rmtree(stale, ignore_errors=True) for stale in (new, self.old)]
             model.save(new)
             state = {f"{o}.{i}.{k}": v for o, optimizer in enumerate(optimizers) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, new / "optimizer.safetensors")
@@ -433,9 +394,7 @@ class Run:
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
             sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
-        shutil.rmtree(self.old, ignore_errors=True)
-        if self.checkpoint.exists():
-            self.checkpoint.rename(self.old)
+        self.checkpoint.exists() and self.checkpoint.rename(self.old)
         new.rename(self.checkpoint)
         shutil.rmtree(self.old, ignore_errors=True)
 
@@ -451,8 +410,6 @@ class Run:
 
     def finish(self, title):
         """The curve, with Wilson intervals where it was evaluated, and what came of it."""
-        if self.rank:
-            return
         axis = (figure := Figure(figsize=(5, 3.2), layout="constrained")).subplots()
         if train := [(r["step"], r["charts/success_rate"]) for r in self.rows if "charts/success_rate" in r]:
             axis.plot(*zip(*train), color="#0072b2", alpha=.5, label="training rollouts, sampled")
@@ -464,8 +421,6 @@ class Run:
         for when, i in (("before", 0), ("after", -1)):
             print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
-# --- end run
-
 
 # --- block setup
 def setup(args):
@@ -481,17 +436,22 @@ def setup(args):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     torch.manual_seed(args.seed)
     return rank, world, device
-# --- end setup
-
 
 # --- block match
 def must_match(student, teacher):
     """They have to mean the same by a token, or distillation is nonsense."""
     mine, yours = ({k: getattr(m, k) for k in ("chunk", "action_dim", "parallel", "image")} | {"ranges": m.ranges().round(6).tolist()} for m in (student, teacher))
-    if mine != yours:
-        sys.exit("student and teacher differ in " + "; ".join(f"{k}: {mine[k]} and {yours[k]}" for k in mine if mine[k] != yours[k]))
-# --- end match
+    mine == yours or sys.exit("student and teacher differ in " + "; ".join(f"{k}: {mine[k]} and {yours[k]}" for k in mine if mine[k] != yours[k]))
 
+# --- block weights
+def token_weights(mask, episode, num_episodes, agg, world):
+    """[Q, K]: what a token counts.  num_episodes are this process's, `episode` [Q] numbers them."""
+    if agg == "token":
+        return mask / all_sum(mask.sum(), world)
+    if agg == "seq":
+        mask = mask / torch.zeros(num_episodes).index_add(0, episode, mask.sum(1).float())[episode][:, None]
+    return mask / all_sum(torch.tensor(num_episodes), world)
+# --- end weights
 
 def hard_ce_loss(logits, teacher_logp, tokens, old_logp, weight, args):
     """The loss of a micro-batch, a sum with `weight` [Q, K], and what is logged of each token.  logits [Q, K, 256]: the student's, with gradient."""
@@ -500,23 +460,9 @@ def hard_ce_loss(logits, teacher_logp, tokens, old_logp, weight, args):
     ratio, kl = (logp - old_logp).exp(), (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
     loss = -student_logp.gather(-1, teacher_logp.argmax(-1, keepdim=True))[..., 0]       # the teacher's distribution as a one-hot
     with torch.no_grad():
-        agreement = (student_logp.argmax(-1) == teacher_logp.argmax(-1)).float()
-        logged = dict(reverse_kl_exact=kl, entropy=-(student_logp.exp() * student_logp).sum(-1), teacher_agreement=agreement,
-                      approx_kl=(ratio - 1) - (logp - old_logp), clipfrac=((ratio - 1).abs() > .2).float())
+        logged = dict(reverse_kl_exact=kl, entropy=-(student_logp.exp() * student_logp).sum(-1), approx_kl=(ratio - 1) - (logp - old_logp),
+                      teacher_agreement=student_logp.argmax(-1) == teacher_logp.argmax(-1), clipfrac=(ratio - 1).abs() > .2)
     return (weight * loss).sum(), logged
-
-
-# --- block weights
-def token_weights(mask, episode, num_episodes, agg, world):
-    """[Q, K]: what a token counts.  num_episodes are this process's, `episode` [Q] numbers them."""
-    mask = mask.float()
-    if agg == "token":
-        return mask / all_sum(mask.sum(), world)
-    if agg == "seq":
-        mask = mask / torch.zeros(num_episodes).index_add(0, episode, mask.sum(1))[episode][:, None]
-    return mask / all_sum(torch.tensor(num_episodes), world)
-# --- end weights
-
 
 def main(args):
     rank, world, device = setup(args)
@@ -526,10 +472,9 @@ def main(args):
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "dagger_hard_ce", rank)
     origin = str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student")
     student = VLA.load(origin, device, getattr(torch, args.dtype), args.lora_rank, args.load_in_4bit)
-    args.compile and student.compile()
     teacher = VLA.load(args.teacher or envs.checkpoint(args.env, "teacher"), device, getattr(torch, args.dtype), trainable=False)
     must_match(student, teacher)
-    args.compile and teacher.compile()
+    [model.compile() for model in (student, teacher) if args.compile]
     parameters = [p for p in student.parameters() if p.requires_grad]
     [dist.broadcast(p.data, 0) for p in parameters if world > 1]     # every process starts from the same weights
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=1e-5, weight_decay=0.)
@@ -538,7 +483,6 @@ def main(args):
     def test(video=None):
         success = evaluate(env, student, "eval", args.eval_episodes_per_task, 0., args.query_batch_size, args.seed, rank, world, video)[0]
         return dict(zip(("charts/eval_success", "charts/eval_low", "charts/eval_high"), (success.mean(), *wilson(success))))
-
     args.resume or run.log(0, test())
     bar = tqdm(range(first + 1, args.num_iterations + 1), initial=first, total=args.num_iterations, disable=rank > 0, dynamic_ncols=True)
     for iteration in bar:
@@ -593,7 +537,6 @@ def main(args):
         run.save(student, [optimizer], iteration)
         bar.set_postfix({k.split("/")[1]: f"{metrics[k]:.3f}" for k in ("charts/success_rate", "losses/reverse_kl_exact", "losses/entropy")})
     run.finish(f"DAgger, hard CE, on {args.env}")
-
 
 if __name__ == "__main__":
     main(args)

@@ -14,7 +14,6 @@ from typing import Literal
 import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # envs/ is found from any working directory
 
-
 @dataclass
 class Args:
     checkpoint: str = ""  # a folder or a hub id (default: the suite's own student)
@@ -31,63 +30,49 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
     video: bool = False  # write a GIF of 16 greedy episodes
 
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)                        # before torch is imported: --help is instant
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import envs
 
 # --- block policy
-# One class for every size: a toy of 0.25 M parameters, OpenVLA-7B (autoregressive), OpenVLA-OFT with discrete tokens (parallel).  Modules have the names
-# of the official checkpoints, so that loading is load_state_dict of their safetensors.
+# One class for every size: a toy of 0.25 M parameters, OpenVLA-7B (autoregressive), OpenVLA-OFT (parallel), with the official checkpoints' names of weights.
 BINS, BOS, STOP, LONE = 256, 1, 2, 29871             # action tokens: the 256 ids before the rows that pad the vocabulary.  LONE: "▁", wanted after "Out:"
 DINO = dict(dim=1024, depth=24, heads=16, hidden=4096, patch=14, registers=4, mean=[.485, .456, .406], std=[.229, .224, .225])
 SIGLIP = dict(dim=1152, depth=27, heads=16, hidden=4304, patch=14, registers=0, mean=[.5] * 3, std=[.5] * 3)
-
-
-class Block(nn.Module):
-    def __init__(self, dim, heads, hidden, scale):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(dim)} if scale else {}) for _ in range(2))     # LayerScale: DINOv2's
-
-    def forward(self, x):
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)) * (self.ls1["scale_factor"] if len(self.ls1) else 1)
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))) * (self.ls2["scale_factor"] if len(self.ls2) else 1)
-
 
 class ViT(nn.Module):
     """DINOv2 or SigLIP in timm's names, read at the second-to-last block, without the final norm: [B, 3, H, W] -> [B, patches, dim]."""
     def __init__(self, image, dim, depth, heads, hidden, patch, registers):
         super().__init__()
-        self.dim, self.registers = dim, registers
+        self.dim, self.heads, self.registers = dim, heads, registers
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.pos_embed = nn.Parameter(.02 * torch.randn(1, (image // patch) ** 2, dim))
         if registers:                                # prepended after the position embedding
             self.cls_token, self.reg_token = (nn.Parameter(.02 * torch.randn(1, n, dim)) for n in (1, registers))
-        self.blocks = nn.ModuleList(Block(dim, heads, hidden, registers > 0) for _ in range(depth - 1))
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            norm1=nn.LayerNorm(dim, eps=1e-6), attn=nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim))),
+            norm2=nn.LayerNorm(dim, eps=1e-6), mlp=nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim))),
+            **{k: nn.ParameterDict({"scale_factor": torch.ones(dim)}) for k in ("ls1", "ls2") if registers})) for _ in range(depth - 1))     # LayerScale: DINOv2's
 
     def forward(self, x):
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
         if self.registers:
             x = torch.cat([t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)] + [x], 1)
-        return nn.Sequential(*self.blocks)(x)[:, -self.pos_embed.shape[1]:]
-
+        for b in self.blocks:
+            scale = [b[k]["scale_factor"] if self.registers else 1 for k in ("ls1", "ls2")]
+            q, k, v = b["attn"]["qkv"](b["norm1"](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            x = x + b["attn"]["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)) * scale[0]
+            x = x + b["mlp"]["fc2"](F.gelu(b["mlp"]["fc1"](b["norm2"](x)))) * scale[1]
+        return x[:, -self.pos_embed.shape[1]:]
 
 class ConvTower(nn.Module):
     """The toy's eyes: every token is one keypoint and tells where it is and what is there. [B, 3, H, W] -> [B, tokens, dim]."""
@@ -97,8 +82,6 @@ class ConvTower(nn.Module):
         self.features = nn.Sequential(nn.Conv2d(3, width // 2, 5, 2, 2), nn.ReLU(), nn.Conv2d(width // 2, width, 3, 2, 1), nn.ReLU(),
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
-        for conv in (*self.features[::2], self.heatmaps):
-            nn.init.kaiming_normal_(conv.weight)     # keeps the signal's size through the ReLUs; torch's default shrinks it
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
         self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
 
@@ -110,9 +93,10 @@ class ConvTower(nn.Module):
         angle = (xy[..., None] * torch.tensor([.5, 1, 2, 4]).to(heat) * math.pi).flatten(2)
         return torch.cat([what, xy, angle.sin(), angle.cos(), log_heat.amax(-1, keepdim=True)], -1).to(f) + self.name
 
-
 class VLA(nn.Module):
     """config: the official config.json as a dict, plus our own optional keys: towers, decoding, chunk, action_dim, action_slots, prompt, unnorm_key."""
+    device = property(lambda self: self.language_model.device)
+
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer, self.rows, self.lora, self.compute = dict(config), tokenizer, {}, None, torch.float32
@@ -127,8 +111,6 @@ class VLA(nn.Module):
         dim, d = sum(t.dim for t in towers), llama.hidden_size
         sizes = [dim, 4 * dim, d, d] if len(towers) > 1 else [dim, d, d]
         self.projector = nn.ModuleDict({f"fc{i}": nn.Linear(a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1)})
-        for fc in self.projector.values():
-            nn.init.normal_(fc.weight, std=fc.in_features ** -.5)
         self.language_model = LlamaForCausalLM(llama)
         if self.parallel and config.get("action_slots"):     # learned slots instead of OFT's zeros: a toy learns faster with them
             self.action_slots = nn.Parameter(config["action_slots"] * torch.randn(1, self.num_tokens, d))
@@ -141,7 +123,7 @@ class VLA(nn.Module):
             try:                                     # never code, never pickles
                 folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
             except Exception as e:
-                sys.exit(f"{path} is no folder, and the hub did not give it ({type(e).__name__}): run `hf download {path} --local-dir {Path(path).name}`, pass that folder")
+                sys.exit(f"{path} is no folder, the hub did not give it ({type(e).__name__}): run `hf download {path} --local-dir {Path(path).name}`, pass that folder")
         read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         says = dict(decoding="parallel") if re.search("(?i)openvla-?oft", Path(path).name) else {}     # their configs do not
         config = {**says, **read("config.json"), **(dict(norm_stats=s) if (s := read("dataset_statistics.json")) else {}), **extra}
@@ -164,10 +146,9 @@ class VLA(nn.Module):
         if wrong := sorted(k for k in state.keys() | wanted if k not in state or k not in wanted or state[k].shape != wanted[k].shape):
             sys.exit(f"{folder}: its config.json and its weights do not fit, first at {wrong[0]} ({len(wrong)} tensors); fetch it again with `hf download`")
         model.load_state_dict(state, assign=True)
-        model.language_model.model.rotary_emb = LlamaRotaryEmbedding(model.language_model.config)     # float32 whatever dtype is
-        if load_in_4bit:
-            lora_rank or not trainable or sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
-            model.quantize(dtype)
+        model.language_model.model.rotary_emb = type(model.language_model.model.rotary_emb)(model.language_model.config)     # float32 whatever dtype is
+        load_in_4bit and trainable and not lora_rank and sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
+        load_in_4bit and model.quantize(dtype)
         model = model.to(device).eval()
         model.compute = dtype
         if lora_rank:
@@ -208,29 +189,21 @@ class VLA(nn.Module):
             self.tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(self.config, indent=1))     # last: who waits for a checkpoint waits for this
 
-    device = property(lambda self: self.language_model.device)
-
     def prepare(self, images):
         """uint8 pictures [B, H, W, 3] -> uint8 tensor [B, S, S, 3], resized like the official processor (PIL's bicubic)."""
-        s = self.image
-        if images.shape[1:3] == (s, s):
-            return torch.as_tensor(images)
-        return torch.stack([torch.from_numpy(np.array(Image.fromarray(x).resize((s, s), Image.BICUBIC))) for x in np.asarray(images)])
+        resize = lambda x: np.array(Image.fromarray(x).resize((self.image, self.image), Image.BICUBIC))
+        return torch.from_numpy(np.stack([resize(x) for x in np.asarray(images)]))
 
     def tokenize(self, instructions):
         """ids [B, N] and mask: <s>, padding (where the picture goes), the prompt; so any batch gives what one-by-one gives."""
-        if isinstance(instructions, tuple):          # ids and mask already
-            return instructions
         for text in set(instructions) - self.rows.keys():
-            if self.tokenizer is None:
-                sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
+            self.tokenizer or sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
             prompt = self.config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
             row, llama = self.tokenizer(prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
-        rows = [self.rows[t] for t in instructions]
-        n = max(map(len, rows))
-        return (torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device),
-                torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device))
+        n = max(map(len, rows := [self.rows[t] for t in instructions]))
+        both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
+        return torch.tensor(both, device=self.device).unbind(1)
 
     def prefix(self, images, ids, mask):
         """<s>, the picture's tokens, the prompt.  images: prepared uint8 [B, S, S, 3] (or already normalised [B, 3 * towers, S, S])."""
@@ -289,8 +262,7 @@ class VLA(nn.Module):
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
-        if key not in stats:
-            sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
+        key in stats or sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
         return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
 
     def actions(self, tokens):
@@ -298,8 +270,6 @@ class VLA(nn.Module):
         low, high = self.ranges()
         index = (BINS - 1 - torch.as_tensor(tokens).cpu().numpy()).clip(0, BINS - 2).reshape(-1, self.chunk, self.action_dim)
         return (low + (index + .5) / (BINS - 1) * (high - low)).astype(np.float32)
-# --- end policy
-
 
 # --- block rollout
 def rollout(env, model, task, init_state, split, temperature, batch_size, generator=None, frames=None):
@@ -329,7 +299,6 @@ def rollout(env, model, task, init_state, split, temperature, batch_size, genera
     batch = dict(zip(("image", "tokens", "logp", "state", "mask", "reward", "episode"), map(torch.cat, tensors)), instruction=sum(texts, []))
     return dict(batch, **dict(zip(("success", "grasped", "length"), outcome)), env_seconds=seconds)
 
-
 def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed, rank=0, world=1, video=None):
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
@@ -343,20 +312,16 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
-
 def all_sum(x, world):
     """The sum over all processes."""
     world > 1 and dist.all_reduce(x)
     return x
-
 
 def wilson(success, z=1.96):
     """Wilson's 95 % interval of a success rate."""
     n, p = success.size, success.mean()
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0., min(p, (centre - half) / (1 + z * z / n))), min(1., max(p, (centre + half) / (1 + z * z / n)))
-# --- end rollout
-
 
 # --- block setup
 def setup(args):
@@ -373,7 +338,6 @@ def setup(args):
     torch.manual_seed(args.seed)
     return rank, world, device
 # --- end setup
-
 
 def main(args):
     rank, world, device = setup(args)
@@ -401,11 +365,9 @@ def main(args):
             table.writerows(rows)
         print(f"episodes: {folder / 'episodes.csv'}")
 
-
 def show(name, success):
     low, high = wilson(success)
     print(f"{name:70} {100 * success.mean():5.1f} %  [{100 * low:4.1f}, {100 * high:5.1f}]  n = {success.size}")
-
 
 if __name__ == "__main__":
     main(args)

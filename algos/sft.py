@@ -33,7 +33,6 @@ RECIPES |= {f"{suite}-student": RECIPES["student"] | dict(learning_rate=rate) fo
 RECIPES |= {"two-arm-student": dict(student="base", demos_per_task=10, fresh_demos=True, num_iterations=3, learning_rate=1e-3, batch_size=32, demo_noise=.7),
             "two-arm-teacher": dict(student="base", demos_per_task=20, fresh_demos=True, num_iterations=16, learning_rate=1e-3, batch_size=32, demo_noise=.7)}
 
-
 @dataclass
 class Args:
     # --- block flags
@@ -60,20 +59,17 @@ class Args:
     demos_per_task: int = 1  # demonstrations per task
     fresh_demos: bool = False  # new demonstrations every iteration (the scripted expert never tires)
     demo_noise: float = 0.0  # size of the bursts of random actions in the expert's demonstrations
+    demo_policy: str = ""  # a checkpoint that plays, sampled, in between; the expert finds back from where it went (DAgger's states)
     learning_rate: float = 1e-3  # AdamW's, falling to 0; Muon's is ten times it
     num_iterations: int = 30  # passes over the demonstrations
     smoothing: float = 6.0  # labels are Gaussians of this many bins; 0: one bin, as OpenVLA is trained
     decoding: Literal["parallel", "autoregressive"] = "parallel"  # of a new tiny model
     pretrain_tower: int = 0  # steps of teaching a new tiny model's tower where things are
 
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)                        # before torch is imported: --help is instant
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from matplotlib.figure import Figure
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -84,49 +80,39 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import envs
 
 # --- block policy
-# One class for every size: a toy of 0.25 M parameters, OpenVLA-7B (autoregressive), OpenVLA-OFT with discrete tokens (parallel).  Modules have the names
-# of the official checkpoints, so that loading is load_state_dict of their safetensors.
+# One class for every size: a toy of 0.25 M parameters, OpenVLA-7B (autoregressive), OpenVLA-OFT (parallel), with the official checkpoints' names of weights.
 BINS, BOS, STOP, LONE = 256, 1, 2, 29871             # action tokens: the 256 ids before the rows that pad the vocabulary.  LONE: "▁", wanted after "Out:"
 DINO = dict(dim=1024, depth=24, heads=16, hidden=4096, patch=14, registers=4, mean=[.485, .456, .406], std=[.229, .224, .225])
 SIGLIP = dict(dim=1152, depth=27, heads=16, hidden=4304, patch=14, registers=0, mean=[.5] * 3, std=[.5] * 3)
-
-
-class Block(nn.Module):
-    def __init__(self, dim, heads, hidden, scale):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(dim)} if scale else {}) for _ in range(2))     # LayerScale: DINOv2's
-
-    def forward(self, x):
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)) * (self.ls1["scale_factor"] if len(self.ls1) else 1)
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))) * (self.ls2["scale_factor"] if len(self.ls2) else 1)
-
 
 class ViT(nn.Module):
     """DINOv2 or SigLIP in timm's names, read at the second-to-last block, without the final norm: [B, 3, H, W] -> [B, patches, dim]."""
     def __init__(self, image, dim, depth, heads, hidden, patch, registers):
         super().__init__()
-        self.dim, self.registers = dim, registers
+        self.dim, self.heads, self.registers = dim, heads, registers
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.pos_embed = nn.Parameter(.02 * torch.randn(1, (image // patch) ** 2, dim))
         if registers:                                # prepended after the position embedding
             self.cls_token, self.reg_token = (nn.Parameter(.02 * torch.randn(1, n, dim)) for n in (1, registers))
-        self.blocks = nn.ModuleList(Block(dim, heads, hidden, registers > 0) for _ in range(depth - 1))
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            norm1=nn.LayerNorm(dim, eps=1e-6), attn=nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim))),
+            norm2=nn.LayerNorm(dim, eps=1e-6), mlp=nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim))),
+            **{k: nn.ParameterDict({"scale_factor": torch.ones(dim)}) for k in ("ls1", "ls2") if registers})) for _ in range(depth - 1))     # LayerScale: DINOv2's
 
     def forward(self, x):
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
         if self.registers:
             x = torch.cat([t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)] + [x], 1)
-        return nn.Sequential(*self.blocks)(x)[:, -self.pos_embed.shape[1]:]
-
+        for b in self.blocks:
+            scale = [b[k]["scale_factor"] if self.registers else 1 for k in ("ls1", "ls2")]
+            q, k, v = b["attn"]["qkv"](b["norm1"](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            x = x + b["attn"]["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)) * scale[0]
+            x = x + b["mlp"]["fc2"](F.gelu(b["mlp"]["fc1"](b["norm2"](x)))) * scale[1]
+        return x[:, -self.pos_embed.shape[1]:]
 
 class ConvTower(nn.Module):
     """The toy's eyes: every token is one keypoint and tells where it is and what is there. [B, 3, H, W] -> [B, tokens, dim]."""
@@ -136,8 +122,6 @@ class ConvTower(nn.Module):
         self.features = nn.Sequential(nn.Conv2d(3, width // 2, 5, 2, 2), nn.ReLU(), nn.Conv2d(width // 2, width, 3, 2, 1), nn.ReLU(),
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
-        for conv in (*self.features[::2], self.heatmaps):
-            nn.init.kaiming_normal_(conv.weight)     # keeps the signal's size through the ReLUs; torch's default shrinks it
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
         self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
 
@@ -149,9 +133,10 @@ class ConvTower(nn.Module):
         angle = (xy[..., None] * torch.tensor([.5, 1, 2, 4]).to(heat) * math.pi).flatten(2)
         return torch.cat([what, xy, angle.sin(), angle.cos(), log_heat.amax(-1, keepdim=True)], -1).to(f) + self.name
 
-
 class VLA(nn.Module):
     """config: the official config.json as a dict, plus our own optional keys: towers, decoding, chunk, action_dim, action_slots, prompt, unnorm_key."""
+    device = property(lambda self: self.language_model.device)
+
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer, self.rows, self.lora, self.compute = dict(config), tokenizer, {}, None, torch.float32
@@ -166,8 +151,6 @@ class VLA(nn.Module):
         dim, d = sum(t.dim for t in towers), llama.hidden_size
         sizes = [dim, 4 * dim, d, d] if len(towers) > 1 else [dim, d, d]
         self.projector = nn.ModuleDict({f"fc{i}": nn.Linear(a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1)})
-        for fc in self.projector.values():
-            nn.init.normal_(fc.weight, std=fc.in_features ** -.5)
         self.language_model = LlamaForCausalLM(llama)
         if self.parallel and config.get("action_slots"):     # learned slots instead of OFT's zeros: a toy learns faster with them
             self.action_slots = nn.Parameter(config["action_slots"] * torch.randn(1, self.num_tokens, d))
@@ -180,7 +163,7 @@ class VLA(nn.Module):
             try:                                     # never code, never pickles
                 folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
             except Exception as e:
-                sys.exit(f"{path} is no folder, and the hub did not give it ({type(e).__name__}): run `hf download {path} --local-dir {Path(path).name}`, pass that folder")
+                sys.exit(f"{path} is no folder, the hub did not give it ({type(e).__name__}): run `hf download {path} --local-dir {Path(path).name}`, pass that folder")
         read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         says = dict(decoding="parallel") if re.search("(?i)openvla-?oft", Path(path).name) else {}     # their configs do not
         config = {**says, **read("config.json"), **(dict(norm_stats=s) if (s := read("dataset_statistics.json")) else {}), **extra}
@@ -203,10 +186,9 @@ class VLA(nn.Module):
         if wrong := sorted(k for k in state.keys() | wanted if k not in state or k not in wanted or state[k].shape != wanted[k].shape):
             sys.exit(f"{folder}: its config.json and its weights do not fit, first at {wrong[0]} ({len(wrong)} tensors); fetch it again with `hf download`")
         model.load_state_dict(state, assign=True)
-        model.language_model.model.rotary_emb = LlamaRotaryEmbedding(model.language_model.config)     # float32 whatever dtype is
-        if load_in_4bit:
-            lora_rank or not trainable or sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
-            model.quantize(dtype)
+        model.language_model.model.rotary_emb = type(model.language_model.model.rotary_emb)(model.language_model.config)     # float32 whatever dtype is
+        load_in_4bit and trainable and not lora_rank and sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
+        load_in_4bit and model.quantize(dtype)
         model = model.to(device).eval()
         model.compute = dtype
         if lora_rank:
@@ -247,29 +229,21 @@ class VLA(nn.Module):
             self.tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(self.config, indent=1))     # last: who waits for a checkpoint waits for this
 
-    device = property(lambda self: self.language_model.device)
-
     def prepare(self, images):
         """uint8 pictures [B, H, W, 3] -> uint8 tensor [B, S, S, 3], resized like the official processor (PIL's bicubic)."""
-        s = self.image
-        if images.shape[1:3] == (s, s):
-            return torch.as_tensor(images)
-        return torch.stack([torch.from_numpy(np.array(Image.fromarray(x).resize((s, s), Image.BICUBIC))) for x in np.asarray(images)])
+        resize = lambda x: np.array(Image.fromarray(x).resize((self.image, self.image), Image.BICUBIC))
+        return torch.from_numpy(np.stack([resize(x) for x in np.asarray(images)]))
 
     def tokenize(self, instructions):
         """ids [B, N] and mask: <s>, padding (where the picture goes), the prompt; so any batch gives what one-by-one gives."""
-        if isinstance(instructions, tuple):          # ids and mask already
-            return instructions
         for text in set(instructions) - self.rows.keys():
-            if self.tokenizer is None:
-                sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
+            self.tokenizer or sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
             prompt = self.config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
             row, llama = self.tokenizer(prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
-        rows = [self.rows[t] for t in instructions]
-        n = max(map(len, rows))
-        return (torch.tensor([r[:1] + [self.pad] * (n - len(r)) + r[1:] for r in rows], device=self.device),
-                torch.tensor([[1] + [0] * (n - len(r)) + [1] * (len(r) - 1) for r in rows], device=self.device))
+        n = max(map(len, rows := [self.rows[t] for t in instructions]))
+        both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
+        return torch.tensor(both, device=self.device).unbind(1)
 
     def prefix(self, images, ids, mask):
         """<s>, the picture's tokens, the prompt.  images: prepared uint8 [B, S, S, 3] (or already normalised [B, 3 * towers, S, S])."""
@@ -328,8 +302,7 @@ class VLA(nn.Module):
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
-        if key not in stats:
-            sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
+        key in stats or sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
         return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
 
     def actions(self, tokens):
@@ -337,8 +310,6 @@ class VLA(nn.Module):
         low, high = self.ranges()
         index = (BINS - 1 - torch.as_tensor(tokens).cpu().numpy()).clip(0, BINS - 2).reshape(-1, self.chunk, self.action_dim)
         return (low + (index + .5) / (BINS - 1) * (high - low)).astype(np.float32)
-# --- end policy
-
 
 # --- block rollout
 def rollout(env, model, task, init_state, split, temperature, batch_size, generator=None, frames=None):
@@ -368,7 +339,6 @@ def rollout(env, model, task, init_state, split, temperature, batch_size, genera
     batch = dict(zip(("image", "tokens", "logp", "state", "mask", "reward", "episode"), map(torch.cat, tensors)), instruction=sum(texts, []))
     return dict(batch, **dict(zip(("success", "grasped", "length"), outcome)), env_seconds=seconds)
 
-
 def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed, rank=0, world=1, video=None):
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
@@ -382,26 +352,22 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
-
 def all_sum(x, world):
     """The sum over all processes."""
     world > 1 and dist.all_reduce(x)
     return x
-
 
 def wilson(success, z=1.96):
     """Wilson's 95 % interval of a success rate."""
     n, p = success.size, success.mean()
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0., min(p, (centre - half) / (1 + z * z / n))), min(1., max(p, (centre + half) / (1 + z * z / n)))
-# --- end rollout
-
 
 # --- block run
 class Run:
     """A run directory: args.json, metrics.csv, curve.png, TensorBoard events, checkpoint/.  Only process 0 writes."""
     def __init__(self, args, name, rank):
-        self.dir, self.rank, self.rows = Path(args.run_dir or f"runs/{args.env}-{name}-{args.seed}"), rank, []
+        self.dir, self.rows = Path(args.run_dir or f"runs/{args.env}-{name}-{args.seed}"), []
         self.checkpoint, self.old = self.dir / "checkpoint", self.dir / "checkpoint.old"
         if self.old.exists() and not self.checkpoint.exists() and rank == 0:     # killed between the two renames of save()
             self.old.rename(self.checkpoint)
@@ -409,32 +375,29 @@ class Run:
         if args.resume != self.checkpoint.exists():
             sys.exit(f"nothing to resume: {self.checkpoint} does not exist; start without --resume" if args.resume else
                      f"{self.dir} holds a run already: add --resume to go on with it, or choose another --run-dir")
-        if rank == 0:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-            if args.track:
-                find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
-                import wandb
-                wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
-            self.writer = SummaryWriter(str(self.dir))
+        if rank > 0:
+            self.log = self.save = self.finish = lambda *words: None
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
+        if args.track:
+            find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
+            import wandb
+            wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.dir))
 
     def log(self, step, metrics):
-        if self.rank:
-            return
         self.rows.append(dict(step=step, **metrics))
         names = list(dict.fromkeys(k for row in self.rows for k in row))
         (self.dir / "metrics.tmp").write_text("\n".join(",".join(map(str, r)) for r in (names, *([row.get(k, "") for k in names] for row in self.rows))) + "\n")
         os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
-        for k, v in metrics.items():
-            self.writer.add_scalar(k, v, step)
+        [self.writer.add_scalar(k, v, step) for k, v in metrics.items()]
 
     def save(self, model, optimizers, step):
         """All or nothing: written beside the old checkpoint, flushed to disk, then renamed."""
-        if self.rank:
-            return
         new = self.dir / "checkpoint.tmp"
         try:
-            shutil.rmtree(new, ignore_errors=True)
+            [shutil.rmtree(stale, ignore_errors=True) for stale in (new, self.old)]
             model.save(new)
             state = {f"{o}.{i}.{k}": v for o, optimizer in enumerate(optimizers) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, new / "optimizer.safetensors")
@@ -444,9 +407,7 @@ class Run:
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
             sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
-        shutil.rmtree(self.old, ignore_errors=True)
-        if self.checkpoint.exists():
-            self.checkpoint.rename(self.old)
+        self.checkpoint.exists() and self.checkpoint.rename(self.old)
         new.rename(self.checkpoint)
         shutil.rmtree(self.old, ignore_errors=True)
 
@@ -462,8 +423,6 @@ class Run:
 
     def finish(self, title):
         """The curve, with Wilson intervals where it was evaluated, and what came of it."""
-        if self.rank:
-            return
         axis = (figure := Figure(figsize=(5, 3.2), layout="constrained")).subplots()
         if train := [(r["step"], r["charts/success_rate"]) for r in self.rows if "charts/success_rate" in r]:
             axis.plot(*zip(*train), color="#0072b2", alpha=.5, label="training rollouts, sampled")
@@ -475,8 +434,6 @@ class Run:
         for when, i in (("before", 0), ("after", -1)):
             print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
-# --- end run
-
 
 # --- block setup
 def setup(args):
@@ -494,7 +451,6 @@ def setup(args):
     return rank, world, device
 # --- end setup
 
-
 def tiny(words, image=64, action_dim=7, chunk=4, decoding="parallel", width=64, layers=3, heads=4, tokens=28, tower=48, **extra):
     """A new tiny VLA: 0.25 M parameters, one convolutional tower, a vocabulary of the suites' words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -509,8 +465,12 @@ def tiny(words, image=64, action_dim=7, chunk=4, decoding="parallel", width=64, 
     config = dict(text_config=text, image_sizes=[image, image], pad_to_multiple_of=8, n_action_bins=BINS, prompt="{instruction}", decoding=decoding,
                   chunk=chunk, action_dim=action_dim, action_slots=.5, norm_stats={},
                   towers=[dict(tokens=tokens, width=tower, mean=[.5] * 3, std=[.25] * 3)])
-    return VLA({**config, **extra}, tokenizer)
-
+    model = VLA({**config, **extra}, tokenizer)
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        nn.init.kaiming_normal_(conv.weight)             # keeps the signal's size through the ReLUs; torch's default shrinks it
+    for fc in model.projector.values():
+        nn.init.normal_(fc.weight, std=fc.in_features ** -.5)
+    return model
 
 def tokens_of(model, actions):
     """The inverse of model.actions: [B, chunk, dim] -> tokens [B, K].  Like the official one, exactly 1 is token 0."""
@@ -518,26 +478,30 @@ def tokens_of(model, actions):
     unit = ((np.asarray(actions, np.float64) - low) / np.maximum(high - low, 1e-8)).clip(0, 1)
     return torch.from_numpy(BINS - 1 - np.floor(unit * (BINS - 1)).astype(np.int64)).flatten(1)
 
-
-def play_expert(env, demos_per_task, noise, rng):
-    """Episodes of the scripted expert: (images [T, H, W, 3], actions [T, dim], clean [T], instruction)."""
+def play_expert(env, demos_per_task, noise, rng, intruder=None):
+    """Episodes of the scripted expert: (images [T, H, W, 3], actions [T, dim], clean [T], instruction).  intruder: a policy that plays in between."""
     n, tasks, demos = env.num_envs, len(env.suite.tasks), []
+    generator = torch.Generator(intruder.device).manual_seed(int(rng.integers(2 ** 62))) if intruder else None
     gripper = np.arange(env.suite.action_dim) % 7 == 6
     for start in range(0, demos_per_task * tasks, n):
         task = (start + np.arange(n)) % tasks
         obs, _ = env.reset(options=dict(task=task, init_state=rng.choice(env.suite.splits["train"], n), split="train"))
-        images, actions, clean, live, burst = [], [], [], [], np.zeros(n, int)
+        images, actions, clean, live, burst, left = [], [], [], [], np.zeros(n, int), rng.integers(60) if intruder else 0
         while not env.done.all():
             action = env.expert_action()
             burst = np.where((burst == 0) & (rng.random(n) < .08 * (noise > 0)), rng.integers(1, 8, n), np.maximum(burst - 1, 0))
             executed = action + (burst > 0)[:, None] * noise * (1 + gripper) * rng.standard_normal(action.shape)
             for series, x in zip((images, actions, clean, live), (obs["image"], action, burst == 0, ~env.done)):
                 series.append(x)
-            obs = env.step(executed[:, None])[0]
+            obs, left = env.step(executed[:, None])[0], left - 1
+            if intruder and left < 0:                        # it loses its way, and the expert has to find back from there
+                for _ in range(rng.integers(1, 25)):
+                    tokens = intruder.act(intruder.prepare(obs["image"]), list(obs["instruction"]), 1., generator)[0]
+                    obs = env.step(intruder.actions(tokens))[0]
+                left, clean[-1] = rng.integers(60, 120), np.zeros(n, bool)       # no label reaches over the gap
         images, actions, clean, live = (np.stack(x, 1) for x in (images, actions, clean, live))
         demos += [(images[i, :t], actions[i, :t], clean[i, :t], obs["instruction"][i]) for i, t in enumerate(live.sum(1)[:demos_per_task * tasks - start])]
     return demos
-
 
 def read_hdf5(folder, demos_per_task):
     """The same from LIBERO's or robomimic's files, one a task; envs/libero.py's hold keypoints as well, {name: places [T, 2]}."""
@@ -564,18 +528,18 @@ def read_hdf5(folder, demos_per_task):
                 demos.append((images, actions, clean, "".join(text), {n: points[moving][:, i] for i, n in enumerate(getattr(points, "attrs", {}).get("names", ()))}))
     return demos
 
-
 def windows(demos, model):
     """Every frame with the chunk of actions that follows; past the end the last action repeats."""
     images, actions, texts = [], [], []
     for image, action, clean, text, *_ in demos:
         index = np.minimum(np.arange(len(image))[:, None] + np.arange(model.chunk), len(image) - 1)
         good = clean[index].all(1)
+        if not good.any():
+            continue
         images.append(model.prepare(np.ascontiguousarray(image[good])))
         actions.append(action[index[good]])
         texts += [text] * int(good.sum())
     return torch.cat(images), texts, tokens_of(model, np.concatenate(actions))
-
 
 def look_around(suite_envs, rng):
     """Pictures and what is where in them: (images, index of a keypoint or -1 [N, things], pixels (x, y) [N, things, 2]) a suite and moment."""
@@ -586,7 +550,6 @@ def look_around(suite_envs, rng):
             noise = .5 * rng.standard_normal((env.num_envs, 5, env.suite.action_dim))
             env.step(np.where(rng.random() < .8, env.expert_action()[:, None], 0) + noise)
 
-
 def look_at(demos, model):
     """The same of demonstrations with keypoints, all in one."""
     names = sorted({name for *_, points in demos for name in points})
@@ -595,7 +558,6 @@ def look_at(demos, model):
     at = np.concatenate([np.stack([points.get(name, np.full((len(image), 2), -1.)) for name in names], 1) for image, *_, points in demos])
     seen = ((at > 0) & (at < 1)).all(-1)
     return [(torch.cat([model.prepare(image) for image, *_ in demos]).numpy(), np.where(seen, np.arange(len(names)), -1), at * model.image)]
-
 
 def pretrain_tower(model, frames, steps, rng):
     """The tiny tower's heatmaps learn to point at things (bilinear over the four nearest cells): what DINOv2 and SigLIP bring to OpenVLA."""
@@ -618,7 +580,6 @@ def pretrain_tower(model, frames, steps, rng):
         optimizer.step()
         optimizer.zero_grad()
 
-
 def follow_recipe(args):
     """--make NAME: the flags of its recipe, and the folder the result goes to.  An interrupted one goes on where it was."""
     suite, _, role = args.make.rpartition("-")
@@ -629,7 +590,6 @@ def follow_recipe(args):
         recipe["student"] = os.path.relpath(envs.checkpoint("tabletop", recipe["student"]))
     return replace(args, **recipe, resume=(Path(recipe["run_dir"]) / "checkpoint").exists()), Path(envs.__file__).parents[1] / "checkpoints" / args.make
 
-
 def main(args):
     if args.make:
         args, shipped = follow_recipe(args)
@@ -637,6 +597,7 @@ def main(args):
     names = [e for e in envs.known() if e.startswith("tabletop-") and e != "tabletop-two-arm"] if args.env == "tabletop" else [args.env]
     suite_envs = [envs.make(name, args.num_envs, args.seed) for name in names]
     env, rng = suite_envs[0], np.random.default_rng(args.seed)
+    intruder = VLA.load(args.demo_policy, device, getattr(torch, args.dtype), trainable=False) if args.demo_policy else None
     run, demos = Run(args, "sft", rank), read_hdf5(args.data, args.demos_per_task) if args.data else []
     if args.resume or args.student:
         model = VLA.load(str(run.checkpoint) if args.resume else args.student, device, getattr(torch, args.dtype), args.lora_rank, args.load_in_4bit)
@@ -666,7 +627,7 @@ def main(args):
         began = time.time()
         if not args.data and (args.fresh_demos or not demos):                            # the same in every process; each then takes its share
             rng = np.random.default_rng([args.seed, iteration * args.fresh_demos])       # so that --resume needs no random state
-            demos = [d for e in suite_envs for d in play_expert(e, args.demos_per_task, args.demo_noise, rng)]
+            demos = [d for e in suite_envs for d in play_expert(e, args.demos_per_task, args.demo_noise, rng, intruder)]
         image, text, target = windows(demos, model)
         collected, order = time.time(), torch.from_numpy(np.random.default_rng([args.seed, iteration]).permutation(len(target) // world * world)[rank::world])
         losses, hits = [], []
@@ -699,7 +660,6 @@ def main(args):
     if args.make and rank == 0:
         model.save(shipped, torch.float16)
         print(f"   shipped: {shipped}")
-
 
 if __name__ == "__main__":
     main(args)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ALGOS = Path(__file__).resolve().parents[1] / "algos"
-BLOCK = re.compile(r"(?ms)^( *# --- block (\w+)\n)(.*?)(^ *# --- end \2\n)")
+BLOCK = re.compile(r"(?ms)^( *# --- block (\w+)\n)(.*?)(\n*)(?=^ *# --- (?:block|end) \w)")      # up to the next marker
 
 
 def main(check):

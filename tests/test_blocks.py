@@ -14,8 +14,8 @@ import sync_blocks
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "algos").glob("*.py"))
 SOURCES = SCRIPTS + sorted((ROOT / "envs").glob("*.py"))
-LIMITS = {"algos/vla_opd.py": 610, "algos/grpo.py": 600, "algos/dagger_forward_kl.py": 600, "algos/dagger_hard_ce.py": 600, "algos/ppo.py": 640,
-          "algos/road_vla.py": 690, "envs/__init__.py": 150, "envs/tabletop.py": 350}
+LIMITS = {"algos/vla_opd.py": 550, "algos/grpo.py": 600, "algos/dagger_forward_kl.py": 600, "algos/dagger_hard_ce.py": 600, "algos/ppo.py": 600,
+          "algos/road_vla.py": 632, "envs/__init__.py": 150, "envs/tabletop.py": 350}
 DIFFERENCES = {("vla_opd.py", "dagger_hard_ce.py"): 60, ("vla_opd.py", "dagger_forward_kl.py"): 60, ("grpo.py", "vla_opd.py"): 120}
 by_name = pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -27,7 +27,7 @@ def test_copies_are_identical():
     blocks = {p.name: [m[2] for m in sync_blocks.BLOCK.finditer(p.read_text())] for p in SCRIPTS}
     assert "policy" in blocks["vla_opd.py"] and all("policy" in b for b in blocks.values()), blocks
     for path in SCRIPTS:                                 # a marker that the pattern does not see would never be compared
-        assert len(re.findall("# --- (?:block|end) ", path.read_text())) == 2 * len(blocks[path.name]), path.name
+        assert len(re.findall("# --- block", path.read_text())) == len(blocks[path.name]), path.name
 
 
 @by_name

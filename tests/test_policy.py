@@ -31,6 +31,13 @@ def logits(model, *inputs):
     return model(*inputs)[0]
 
 
+def spoken(model, ids, mask):
+    """Instructions that the model tokenizes to these ids, whatever its tokenizer."""
+    names = [f"prompt {i}" for i in range(len(ids))]
+    model.rows |= {name: row[there.bool()].tolist() for name, row, there in zip(names, ids, mask)}
+    return names
+
+
 def log_probs(logits, tokens, temperature=1.):
     lp = (logits / temperature).log_softmax(-1)
     return lp.gather(-1, tokens[..., None])[..., 0], -(lp.exp() * lp).sum(-1)
@@ -75,7 +82,7 @@ def test_original_logits(kind):
 @pytest.mark.parametrize("kind", ["ar", "oft"])
 def test_original_greedy_actions(kind):
     model, g = original(kind)
-    tokens, _, _ = model.act(g["pixel_values"], (g["ids"], g["mask"]), 0)
+    tokens, _, _ = model.act(g["pixel_values"], spoken(model, g["ids"], g["mask"]), 0)
     assert torch.equal(tokens, g["greedy_tokens"])
     got = model.actions(tokens)
     assert got.shape == (4, model.chunk, 7)
@@ -86,7 +93,7 @@ def test_original_greedy_actions(kind):
 def test_original_log_probs():                           # recorded for parallel decoding only
     model, g = original("oft")
     with torch.no_grad():
-        lp, entropy = log_probs(model.score(g["pixel_values"], (g["ids"], g["mask"]), g["action_tokens"]), g["action_tokens"], 1.6)
+        lp, entropy = log_probs(model.score(g["pixel_values"], spoken(model, g["ids"], g["mask"]), g["action_tokens"]), g["action_tokens"], 1.6)
     print("log-probs", worst(lp, g["log_probs_t1.6"]), "entropy", worst(entropy, g["entropy_t1.6"]))
     assert worst(lp, g["log_probs_t1.6"]) < 5e-5 and worst(entropy, g["entropy_t1.6"]) < 5e-5
 
@@ -140,12 +147,13 @@ def test_bfloat16(decoding, tiny, tmp_path):
     tiny(decoding).save(tmp_path / "tiny")
     for folder, chunk in ((HERE / "golden", 2 if decoding == "parallel" else 1), (tmp_path / "tiny", 2)):
         full = VLA.load(folder, decoding=decoding, chunk=chunk)
-        inputs = (a["images"], (a["ids"], a["mask"])) if full.tokenizer is None else batch(full)
+        inputs = (a["images"], spoken(full, a["ids"], a["mask"])) if full.tokenizer is None else batch(full)
         tokens = torch.randint(256, (3, full.num_tokens))
         with torch.no_grad():
             z = full.score(*inputs, tokens)
             for kw, weights in ((dict(), torch.float32), (dict(trainable=False), torch.bfloat16), (dict(lora_rank=2), torch.bfloat16)):
                 half = VLA.load(folder, dtype=torch.bfloat16, decoding=decoding, chunk=chunk, **kw)
+                half.rows |= full.rows
                 h, parameters = half.score(*inputs, tokens), dict(half.named_parameters())
                 assert half.compute == torch.bfloat16 and half.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
                 assert all(p.dtype == (torch.float32 if "lora_" in n else weights) for n, p in parameters.items())
@@ -193,9 +201,8 @@ def test_act_and_score_agree(decoding, tiny):
     assert torch.equal(z.argmax(-1), greedy) and worst(lp, log_probs(z, greedy)[0]) < 1e-5
     hot = log_probs(z, greedy, 5.)[1]
     assert (hot > log_probs(z, greedy, 1.)[1]).all() and (log_probs(z, greedy, 1.)[1] > log_probs(z, greedy, .5)[1]).all()
-    both = model.tokenize(texts)                         # strings, or their ids and mask
     with torch.no_grad():
-        assert torch.equal(model.act(images, both, 0)[0], greedy) and torch.equal(model.score(images, both, greedy), z)
+        assert torch.equal(model.score(images, tuple(texts), greedy), z)     # as environments give them
 
 
 @pytest.mark.parametrize("decoding", ["autoregressive", "parallel"])

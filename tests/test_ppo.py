@@ -23,7 +23,13 @@ def draw(seed, *shape):
 @pytest.mark.parametrize("gamma,lam", [(.99, .95), (1., 1.), (.9, 0.), (0., .95), (.9, 1.)])
 def test_gae(gamma, lam):
     reward, value = draw(0, 2, 3, 6)
-    advantage, returns = ppo.gae(reward, value, gamma, lam)
+    episode = torch.tensor([2, 0, 0, 1, 2, 2, 0, 1, 1, 0, 2, 0, 1, 2, 1, 1, 2, 0])    # as played: by turns, not in step
+    order = episode.argsort(stable=True)
+    flat = torch.empty(2, 18, dtype=torch.float64)
+    flat[:, order] = torch.stack([reward, value]).flatten(1)
+    advantage, returns = (x[order].view(3, 6) for x in ppo.gae(*flat, episode, gamma, lam))
+    some = order[:8].sort().values                       # of other lengths: one whole, of another the first two
+    torch.testing.assert_close(ppo.gae(*flat[:, some], episode[some], gamma, lam)[0][episode[some] == 0], advantage[0])
     np.testing.assert_allclose(advantage, critics.gae(reward.numpy(), value.numpy(), gamma, lam), atol=1e-12)
     torch.testing.assert_close(returns, advantage + value)
     torch.testing.assert_close(advantage[:, -1], reward[:, -1] - value[:, -1])       # behind the end there is nothing

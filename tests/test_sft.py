@@ -129,6 +129,22 @@ def test_disturbed_demonstrations(tmp_path):
     assert all(abs(d[1]).max() <= 1 and len(d[0]) == len(d[1]) == len(d[2]) for d in calm + shaken)
 
 
+def test_a_policy_in_between():
+    """The expert finds back from where a policy went, and no label reaches over the gap: what is learned from are stretches that the expert played itself."""
+    import envs
+    env, model, played = envs.make("tabletop-object", 1, 1), small.model(), []
+    step, env.suite.tasks = env.step, env.suite.tasks[:4]
+    env.step = lambda actions: played.extend(actions[0]) or step(actions)
+    demos = [d for seed in range(3) for d in sft.play_expert(env, 1, 0., np.random.default_rng(seed), model)]
+    actions, gaps = np.stack(played), 0
+    for _, wanted, clean, _ in demos:
+        gaps += (~clean).sum()
+        for i in range(len(wanted) - 3):
+            if clean[i:i + 4].all():
+                assert (abs(np.lib.stride_tricks.sliding_window_view(actions, (4, 7))[:, 0] - wanted[i:i + 4]).max((1, 2)) < 1e-6).any()
+    assert gaps >= 3
+
+
 def test_resume_goes_on_exactly(tmp_path, monkeypatch):
     """Killed after the first of two iterations; both optimisers go on."""
     train(tmp_path, monkeypatch, "straight", num_iterations=2, batch_size=64)
