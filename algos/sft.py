@@ -495,7 +495,7 @@ def play_expert(env, demos_per_task, noise, rng, intruder=None):
                 series.append(x)
             obs, left = env.step(executed[:, None])[0], left - 1
             if intruder and left < 0:                        # it loses its way, and the expert has to find back from there
-                for _ in range(rng.integers(1, 25)):
+                for _ in range(rng.integers(1, 2 + env.suite.max_steps // intruder.chunk // 2)):
                     tokens = intruder.act(intruder.prepare(obs["image"]), list(obs["instruction"]), 1., generator)[0]
                     obs = env.step(intruder.actions(tokens))[0]
                 left, clean[-1] = rng.integers(60, 120), np.zeros(n, bool)       # no label reaches over the gap

@@ -1,6 +1,6 @@
 """LIBERO's four suites on PyPI's hf-libero: libero-spatial, -object, -goal, -long.  Options are part of the name: libero-object-all50 trains and evaluates
-on all 50 initial states as the papers do (otherwise 40 are for training, 10 for evaluation), -512 gives every suite 512 steps as SimpleVLA-RL does,
--nomsaa draws without anti-aliasing (faster; edges differ).  Scripted demonstrations: python -m envs.libero --demos libero-object DIR --per-task 5
+on all 50 initial states as the papers do (otherwise 40 are for training, 10 for evaluation), -512 ends episodes after 512 steps as SimpleVLA-RL does (or any
+other number), -tasks037 has these three tasks only, -nomsaa draws without anti-aliasing (faster; edges differ).  Scripted demonstrations: python -m envs.libero --demos libero-object DIR --per-task 5
 
 Protocol of OpenVLA-OFT and SimpleVLA-RL: seed 0, reset, initial state, 10 steps of nothing, then open-loop chunks; the agentview camera at 256 pixels.
 Actions are the published checkpoints': the last number is 0 to close the gripper, 1 to open it.  LIBERO's own 1 and -1 exist behind `protocol` alone.
@@ -9,7 +9,7 @@ Every environment is a process.  It runs a whole chunk, then draws what the stoc
 One that dies, hangs or meets a NaN is replaced, and the new one replays the episode: the simulator is deterministic, so nothing is lost, no script needs to
 know, and stderr tells.  Where a NaN comes back the physics itself blew up: the episode ends there, a failure, and env.broken marks it.
 """
-import argparse, contextlib, ctypes.util, functools, importlib.util, io, json, os, sys, tempfile
+import argparse, contextlib, ctypes.util, functools, importlib.util, io, json, os, re, sys, tempfile
 from pathlib import Path
 import numpy as np
 from huggingface_hub import hf_hub_download
@@ -78,8 +78,8 @@ class LiberoEnv(SimulatorEnv):
     def __init__(self, name, num_envs=1, seed=0, max_steps=None, assets="", workers=None, timeout=60):
         """workers: at most so many environments, by default one a core.  timeout: seconds for a chunk; a reset gets two minutes more."""
         suite, *options = name.split("-")
-        if wrong := set(options) - {"all50", "512", "nomsaa"}:
-            raise SystemExit(f"libero-{suite} has no option -{min(wrong)}: there are -all50, -512 and -nomsaa")
+        if wrong := [k for k in options if not re.fullmatch(r"all50|nomsaa|\d+|tasks\d+", k)]:
+            raise SystemExit(f"libero-{suite} has no option -{wrong[0]}: there are -all50, -nomsaa, a number of steps (-512) and tasks (-tasks037)")
         self.workers, self.waiting, self.timeout, self.arguments, self.draw = [], set(), timeout, (setup(assets), int("nomsaa" not in options)), True
         with contextlib.redirect_stdout(io.StringIO()):
             from libero.libero import benchmark
@@ -87,7 +87,9 @@ class LiberoEnv(SimulatorEnv):
         most = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if num_envs > most:
             print(f"libero-{name}: {most} environments side by side, one a core, instead of {num_envs}", file=sys.stderr, flush=True)
-        states, tasks, limit = list(range(50)), [t.language for t in self.benchmark.tasks], max_steps or (512 if "512" in options else MAX_STEPS[suite])
+        self.numbers = next(([int(n) for n in k[5:]] for k in options if k.startswith("tasks")), range(10))
+        states, tasks = list(range(50)), [self.benchmark.tasks[n].language for n in self.numbers]
+        limit = max_steps or next((int(k) for k in options if k.isdigit()), MAX_STEPS[suite])
         splits = dict(train=states, eval=states) if "all50" in options else dict(train=states[:40], eval=states[40:])
         super().__init__(Suite(f"libero-{name}", tasks, splits, limit, action_dim=7, chunk=8, image=224), min(num_envs, most), seed)
         self.init_states, self.restarts, self.broken = functools.cache(self.benchmark.get_task_init_states), 0, np.zeros(self.num_envs, bool)
@@ -130,7 +132,8 @@ class LiberoEnv(SimulatorEnv):
 
     def _reset(self, i, task, init_state, split):
         self.history[i], self.broken[i] = [], False
-        self._ask(i, "reset", self.benchmark.get_task_bddl_file_path(task), self.init_states(task)[init_state], self.draw)
+        number = self.numbers[task]
+        self._ask(i, "reset", self.benchmark.get_task_bddl_file_path(number), self.init_states(number)[init_state], self.draw)
         return self.suite.tasks[task]
 
     def _render(self, live):
@@ -178,12 +181,12 @@ class LiberoEnv(SimulatorEnv):
         self.close()
 
 
-def write(env, folder, per_task, tasks=None, noise=0.):
+def write(env, folder, per_task, noise=0.):
     """One file a task, like the published ones: pictures upside down, the gripper -1 (open) or 1 (close), only successes, training states only.  noise: of
     bursts of random actions, as in sft.py; `actions` stays the expert's.  Besides: `clean`, not in such a burst, and keypoints for --pretrain-tower."""
     import h5py
     folder.mkdir(parents=True, exist_ok=True)
-    for task in range(len(env.suite.tasks)) if tasks is None else tasks:
+    for task in range(len(env.suite.tasks)):
         states, demos, rng = list(env.suite.splits["train"]), [], np.random.default_rng([env.seed, task])
         while states and len(demos) < per_task:
             n = min(len(states), env.num_envs, per_task - len(demos))
@@ -204,7 +207,7 @@ def write(env, folder, per_task, tasks=None, noise=0.):
                 break
         print(f"{len(demos)} of {per_task} demonstrations: {env.suite.tasks[task]}", flush=True)
         if demos:
-            name = env.benchmark.get_task_names()[task]
+            name = env.benchmark.get_task_names()[env.numbers[task]]
             with h5py.File(folder / f"{name}_demo.hdf5", "w") as f:
                 f.create_group("data").attrs.update(problem_info=json.dumps(dict(language_instruction=env.suite.tasks[task])), num_demos=len(demos),
                                                     macros_image_convention="opengl")
@@ -218,7 +221,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Demonstrations by a scripted expert in LIBERO's HDF5 layout, for algos/sft.py --data DIR.")
     parser.add_argument("--demos", nargs=2, required=True, metavar=("SUITE", "DIR"))
     parser.add_argument("--per-task", type=int, default=1)
-    parser.add_argument("--tasks", type=int, nargs="*", help="default: all that the expert can do")
     parser.add_argument("--noise", type=float, default=0., help="size of bursts of random actions that the expert then makes good; sft.py's --demo-noise")
     args = parser.parse_args()
-    write(make(args.demos[0], 512), Path(args.demos[1]), args.per_task, args.tasks, args.noise)
+    write(make(args.demos[0], 512), Path(args.demos[1]), args.per_task, args.noise)

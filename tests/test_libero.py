@@ -216,8 +216,13 @@ def test_numbers_of_the_protocol(capsys):
     assert suite.splits == dict(train=list(range(40)), eval=list(range(40, 50))) and papers.splits == dict(train=list(range(50)), eval=list(range(50)))
     assert len(set(suite.tasks)) == 10 and suite.tasks[0] == "pick up the alphabet soup and place it in the basket"
     assert (suite.chunk, suite.action_dim, suite.image, papers.max_steps, papers.name) == (8, 7, 224, 512, "libero-object-all50-512")
-    with pytest.raises(SystemExit, match="no option -513: there are -all50, -512 and -nomsaa"):
-        envs.make("libero-object-513")
+    few = envs.make("libero-object-150-tasks71")
+    assert few.suite.tasks == [suite.tasks[7], suite.tasks[1]] and few.suite.max_steps == 150 and few.suite.name == "libero-object-150-tasks71"
+    few._ask = lambda i, *request: few.history[i].append(request)
+    few._reset(0, 0, 0, "train")
+    assert "pick_up_the_milk" in few.history[0][0][1] and np.array_equal(few.history[0][0][2], few.init_states(7)[0])
+    with pytest.raises(SystemExit, match="no option -all49: there are -all50, -nomsaa, a number of steps"):
+        envs.make("libero-object-all49")
     capsys.readouterr()
     cores = len(os.sched_getaffinity(0))
     assert envs.make("libero-object", 512).num_envs == cores and f"{cores} environments side by side" in capsys.readouterr().err
@@ -433,13 +438,21 @@ def test_expert_and_success(env):
     assert not env.done.any() and (env.steps == actions.shape[1]).all() and env.succeeded.all()
 
 
+def write(env, folder, *numbers, **kw):
+    """A demonstration of each of these tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(env, "numbers", numbers)
+        patch.setattr(env.suite, "tasks", [env.suite.tasks[n] for n in numbers])
+        libero.write(env, folder, 1, **kw)
+
+
 @simulated
 def test_demonstrations(tmp_path, env):
     """LIBERO's layout, and what sft.py makes of it: the environment's own pictures, the checkpoints' gripper."""
     h5py = pytest.importorskip("h5py")
     import sft
     env.suite.max_steps = 280
-    libero.write(env, tmp_path, 1, [1])
+    write(env, tmp_path, 1)
     file = tmp_path / "pick_up_the_cream_cheese_and_place_it_in_the_basket_demo.hdf5"
     with h5py.File(file) as f:
         actions, frames = f["data/demo_0/actions"][:], f["data/demo_0/obs/agentview_rgb"][:]
@@ -461,7 +474,7 @@ def test_disturbed_demonstrations(tmp_path, env):
     pytest.importorskip("h5py")
     import sft
     env.suite.max_steps = 280
-    libero.write(env, tmp_path, 1, [1], noise=.7)
+    write(env, tmp_path, 1, noise=.7)
     demo, = sft.read_hdf5(tmp_path, 1)
     images, learned, clean, _, points = demo
     assert .4 < clean.mean() < 1 and set(learned[:, 6]) == {OPEN, CLOSE} and abs(learned).max() <= 1
@@ -483,7 +496,7 @@ def test_every_script(tmp_path, env, monkeypatch):
     pytest.importorskip("h5py")
     import dagger_forward_kl, dagger_hard_ce, grpo, ppo, road_vla, sft, vla_opd
     env.suite.max_steps = 280
-    libero.write(env, tmp_path / "demos", 1, [0, 1])
+    write(env, tmp_path / "demos", 0, 1)
     env.suite.max_steps, tasks = 20, env.suite.tasks
     monkeypatch.setattr(envs, "make", lambda *a, **k: env)
     monkeypatch.setattr(env.suite, "tasks", tasks[:2])
