@@ -65,6 +65,7 @@ class Args:
     smoothing: float = 6.0  # labels are Gaussians of this many bins; 0: one bin, as OpenVLA is trained
     decoding: Literal["parallel", "autoregressive"] = "parallel"  # of a new tiny model
     pretrain_tower: int = 0  # steps of teaching a new tiny model's tower where things are
+    tower_rate: float = 1.0  # of the towers' learning rate; at the full one a pretrained tower forgets what it cannot see again at once
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)                        # before torch is imported: --help is instant
@@ -541,14 +542,18 @@ def windows(demos, model):
         texts += [text] * int(good.sum())
     return torch.cat(images), texts, tokens_of(model, np.concatenate(actions))
 
-def look_around(suite_envs, rng):
+def look_around(suite_envs, model, rng):
     """Pictures and what is where in them: (images, index of a keypoint or -1 [N, things], pixels (x, y) [N, things, 2]) a suite and moment."""
     for env in suite_envs:
-        env.reset()
-        for _ in range(8):
-            yield env.image.copy(), *env.keypoints()
-            noise = .5 * rng.standard_normal((env.num_envs, 5, env.suite.action_dim))
-            env.step(np.where(rng.random() < .8, env.expert_action()[:, None], 0) + noise)
+        seen = []
+        for _ in range(1 if env.num_envs >= 64 else 256 // env.num_envs):    # a simulator has few environments, one a core: it starts again
+            env.reset()
+            for _ in range(8):
+                index, at = env.keypoints()
+                seen.append((model.prepare(env.image.copy()).numpy(), index, at * (model.image / env.suite.image)))
+                noise = .5 * rng.standard_normal((env.num_envs, 5, env.suite.action_dim))
+                env.step(np.where(rng.random() < .8, env.expert_action()[:, None], 0) + noise)
+        yield from (tuple(map(np.concatenate, zip(*seen[k::8]))) for k in range(8))
 
 def look_at(demos, model):
     """The same of demonstrations with keypoints, all in one."""
@@ -611,11 +616,13 @@ def main(args):
         words = sorted({w for e in {*envs.known(), *names} for w in envs.vocabulary(e)})
         model = tiny(words, min(env.suite.image, 96), env.suite.action_dim, env.suite.chunk, args.decoding).to(device).eval()
         if args.pretrain_tower:
-            pretrain_tower(model, look_at(demos, model) if args.data else look_around(suite_envs, rng), args.pretrain_tower, rng)
+            pretrain_tower(model, look_at(demos, model) if args.data else look_around(suite_envs, model, rng), args.pretrain_tower, rng)
     parameters = [p for p in model.parameters() if p.requires_grad]
     [dist.broadcast(p.data, 0) for p in parameters if world > 1]     # every process starts from the same weights
     matrices = [p for n, p in model.named_parameters() if not model.lora and p.ndim == 2 and ".layers." in n]
-    optimizers = [torch.optim.AdamW([p for p in parameters if not any(p is m for m in matrices)], args.learning_rate, betas=(.9, .99), weight_decay=.01)]
+    towers = [p for p in model.vision_backbone.parameters() if p.requires_grad]
+    others = [p for p in parameters if not any(p is q for q in matrices + towers)]
+    optimizers = [torch.optim.AdamW([dict(params=others), dict(params=towers)], args.learning_rate, betas=(.9, .99), weight_decay=.01)]
     if matrices:                                         # Muon for the transformer's matrices: the tiny model needs 1.7x fewer samples
         optimizers.append(torch.optim.Muon(matrices, 10 * args.learning_rate, weight_decay=.01))
     first = run.load(optimizers) if args.resume else 0
@@ -640,8 +647,9 @@ def main(args):
                 if p.grad is not None:
                     all_sum(p.grad, world)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            for optimizer, rate in zip(optimizers, (args.learning_rate, 10 * args.learning_rate)):
-                optimizer.param_groups[0]["lr"] = rate * scale
+            for optimizer, rates in zip(optimizers, ((1, args.tower_rate), (10,))):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * args.learning_rate * scale
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.item())

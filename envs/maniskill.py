@@ -27,6 +27,7 @@ HEIGHT = dict(cube=.02, ball=.022, can=.03, brick=.018, pill=.017)           # o
 OBJECTS = ("red cube", "green ball", "blue can", "yellow brick", "purple pill", "orange cube", "white ball", "black can", "pink brick", "cyan pill")
 UNSEEN = ("blue cube", "yellow ball", "green can", "red brick", "orange pill", "purple cube", "pink ball", "cyan can", "white brick", "black pill")
 PLATES = ("white plate", "blue plate", "red plate", "green plate", "yellow plate")       # the last two are never seen in training
+KEYPOINTS = (*COLOURS, *PLATES, "hand")                                      # objects by colour: no two of a scene share one
 RADIUS, THICK = .065, .01                                                    # a plate's
 SENTENCES = {"PickCube-v1": "pick up the red cube and move it to the green goal", "StackCube-v1": "stack the red cube on the green cube",
              "TwoRobotPickCube-v1": "hand over the red cube and move it to the green goal",
@@ -194,3 +195,10 @@ class ManiSkillEnv(SimulatorEnv):
         action, rows = np.zeros((self.num_envs, 7)), np.flatnonzero(~self.done)
         action[rows] = self._call("expert", rows) if len(rows) else 0
         return action
+
+    def keypoints(self):
+        """What is where in the picture: an index into KEYPOINTS (-1: not in sight) [N, things] and pixels (x, y) [N, things, 2]."""
+        if self.name not in SHIFTS:
+            raise SystemExit(f"{self.label} has no keypoints: the maniskill-* suites have them")
+        seen = self._call("keypoints", range(self.num_envs))
+        return seen[..., 0].astype(int), seen[..., 1:]

@@ -16,7 +16,7 @@ from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.sapien_utils import look_at
 from mani_skill.utils.structs.pose import Pose
-from envs.maniskill import COLOURS, HEIGHT, OBJECTS, PLATES, RADIUS, SHAPES, THICK, UNSEEN, VULKAN, Unavailable
+from envs.maniskill import COLOURS, HEIGHT, KEYPOINTS, OBJECTS, PLATES, RADIUS, SHAPES, THICK, UNSEEN, VULKAN, Unavailable
 
 REST, CAMERA = np.array([0, np.pi / 8, 0, -np.pi * 5 / 8, 0, np.pi * 3 / 4, np.pi / 4, .04, .04]), look_at([.34, 0, .45], [-.12, 0, .04])
 PARKED, JUMP, SURFACES = np.array([6., 0, 0]), 5, 17                         # behind the camera; the step in which things jump; tables, and textures
@@ -236,6 +236,17 @@ class Simulation:
             mask = True if whole else torch.isin(seen["segmentation"][row], torch.stack([thing.per_scene_id[row] for thing in mine]))
             picture[row] = torch.where(torch.as_tensor(mask, device=self.device), mixed, picture[row])
         return picture[rows].cpu().numpy()
+
+    def keypoints(self, rows):
+        """An index into KEYPOINTS (-1: not in sight) and the pixel (x, y) of every object, plate and hand that there is, [rows, things, 3]."""
+        names, sim, camera = (*MOVABLE, *PLATES), self.sim, self.sim._sensors["base_camera"].get_params()
+        at = torch.stack([a.pose.p for a in (*(sim.things[k] for k in names), sim.agent.tcp)], 1)
+        world_to_camera, projection = camera["extrinsic_cv"].mT, camera["intrinsic_cv"].mT
+        u, v, z = ((at @ world_to_camera[:, :3] + world_to_camera[:, 3:]) @ projection).unbind(-1)
+        x, y, size = u / z, v / z, self.image                                # what is parked lies behind the camera
+        index = torch.tensor([KEYPOINTS.index(k if k in PLATES else k.split()[0]) for k in (*names, "hand")], device=at.device)
+        index = torch.where((z > 0) & (x > 0) & (x < size) & (y > 0) & (y < size), index, -1)
+        return torch.stack([index, x - .5, y - .5], -1)[rows].cpu().numpy()  # the first pixel's middle is 0
 
     def expert(self, rows):
         """A controller without memory, so that it recovers from anywhere: above the object, down, close; up, across, down, open."""

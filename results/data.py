@@ -9,6 +9,7 @@ import numpy as np
 FOLDER, used = Path(__file__).resolve().parent, set()    # the folder in use; the runs read since it was cleared
 SUITES = ("spatial", "object", "goal", "long")
 SHIFTS = ("unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose", "repositioning")
+SIMULATORS = ("libero-", "maniskill-", "rl4vla-", "robotwin-")
 PHASES = ("rollout", "teacher", "reference", "advantages", "update", "demos")
 # Label, colour (Okabe and Ito's, told apart by colour-blind readers as well), line.
 STYLE = {
@@ -34,12 +35,12 @@ def parse(path):
 
 def find(folder, suite, algorithm, tail):
     """{seed: path}; what has no seed, an evaluated checkpoint, is seed 0."""
-    name = f"tabletop-{suite}-{algorithm}"
+    name = f"{suite}-{algorithm}" if suite.startswith(SIMULATORS) else f"tabletop-{suite}-{algorithm}"
     return {int(p.name[len(name):].removesuffix(tail)[1:] or 0): p for p in sorted([*folder.glob(f"{name}-[0-9]{tail}"), *folder.glob(f"{name}{tail}")])}
 
 
 def read(suite, algorithm):
-    """{seed: rows} of tabletop-SUITE-ALGORITHM-SEED.csv."""
+    """{seed: rows} of tabletop-SUITE-ALGORITHM-SEED.csv, on another simulator of SUITE-ALGORITHM-SEED.csv."""
     found = find(FOLDER, suite, algorithm, ".csv")
     used.update(p.stem for p in found.values())
     return {seed: parse(p) for seed, p in found.items()}
@@ -49,6 +50,11 @@ def simulated():
     """{name: rows} of what was trained on another simulator and evaluated before and after."""
     found = {p.stem: parse(p) for p in sorted(FOLDER.glob("*-[0-9].csv")) if not p.name.startswith("tabletop")}
     return {name: rows for name, rows in found.items() if sum("charts/eval_success" in r for r in rows) > 1}
+
+
+def rivals():
+    """Suites of other simulators with a run of PPO and one of ROAD."""
+    return sorted({name.rpartition("-road-")[0] for name in simulated() if name.replace("-road-", "-ppo-") in simulated() and "-road-" in name})
 
 
 def there(algorithms, suites):

@@ -1,4 +1,6 @@
 """The figures of a results folder: mean over the seeds, and a band from the lowest to the highest; of one seed, success has its Wilson interval."""
+import re
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -103,7 +105,17 @@ def draw():
             axis.set(xlabel=ITERATION, ylabel=label, title=title)
         axes[0][1].axhline(0, color="#999999", lw=.6)
         save(figure, "road-fig3.png", 5)
-    if runs := data.simulated():
+    for suite in data.rivals():
+        figure, axes = panels(2, 3, 2.)
+        for axis, key, label in zip(axes.flat, (eval_, OOD, "charts/ood_grasped", "losses/entropy", "losses/mean_weight", "losses/critic_agreement"),
+                                    ("success, in distribution", "success, out of distribution", "grasped, out of distribution", ENTROPY, "mean advantage weight",
+                                     "critics agree")):
+            for k in ("ppo", "road"):
+                band(axis, suite, k, key, "iteration")
+            axis.set(ylabel=label, xlabel=ITERATION if key.startswith("losses") else "")
+        figure.suptitle(suite, fontsize=8)
+        save(figure, f"{suite}.png")
+    if runs := {name: rows for name, rows in data.simulated().items() if re.sub("-(ppo|road)-.$", "", name) not in data.rivals()}:
         figure, axes = panels(1, len(runs), 2.5, sharey=True)
         for axis, (name, rows) in zip(axes[0], runs.items()):
             if played := [(r["step"], r["charts/success_rate"]) for r in rows if "charts/success_rate" in r]:

@@ -403,8 +403,21 @@ def simulators():
             lost = sum(280 * (r["charts/episodes"] - r["charts/success"]) for r in played) / sum(r["charts/env_steps"] for r in played)
             yield f"Of the steps that were learned from, {100 * lost:.0f} % belong to failures, which no demonstration of the teacher resembles."
         yield ""
-    if data.simulated():
+    if len(data.simulated()) > 2 * len(data.rivals()):
         yield "![Other simulators](simulators.png)\n"
+    yield from rivals()
+
+
+def rivals():
+    for suite in data.rivals():
+        yield f"### PPO and ROAD on {suite}\n"
+        yield "First and last: before training and after it; entropy, weight and agreement of the first and the last iteration. Steps: ROAD's with its reference's.\n"
+        yield from table(("algorithm", "seeds", "ID", "OOD", "grasped, OOD", "entropy", "weight", "agree", "environment steps", "minutes"), [
+            (STYLE[k][0], len(read(suite, k)), *(first_last(suite, k, f"charts/{c}", 3) for c in ("eval_success", "ood_success", "ood_grasped")),
+             *(first_last(suite, k, f"losses/{c}", 3) for c in ("entropy", "mean_weight", "critic_agreement")),
+             *(f"{x:.0f}" for x in sum(np.mean([spent(rows) for rows in read(suite, a).values()], 0) for a in (["ppo"] if k == "ppo" else ["ppo", "road"]))))
+            for k in ("ppo", "road")])
+        yield f"![PPO and ROAD on {suite}]({suite}.png)\n"
 
 
 def failures():

@@ -217,6 +217,29 @@ def test_held_on_the_plate_is_no_success(env):
 
 
 @simulated
+def test_keypoints_are_on_the_things(env):
+    """What changes in the picture when a thing is taken away lies around its keypoint; what the hand holds is at the hand's."""
+    made = scene("multi-object", 4, 9, False)[0]
+
+    def seen(without=""):
+        env._call("reset", [0], [made | dict(at={k: v for k, v in made["at"].items() if k != without})])
+        return env._call("look", [0])[0].astype(int)
+    whole, (index, at) = seen(), env.keypoints()
+    things = {maniskill.KEYPOINTS.index(k if k in PLATES else k.split()[0]): k for k in made["at"] if not k.startswith("table")}
+    assert index.shape == (2, 26) and at.shape == (2, 26, 2) and sorted(index[0][index[0] >= 0]) == sorted([*things, maniskill.KEYPOINTS.index("hand")])
+    for k, name in things.items():
+        y, x = np.nonzero((np.abs(seen(name) - whole) > 15).any(2))
+        np.testing.assert_allclose(at[0][index[0] == k], [[(x.min() + x.max()) / 2, (y.min() + y.max()) / 2]], atol=2, err_msg=name)
+    reset(env, task=(0, 1))
+    while not env.holding.all():
+        env.step(env.expert_action()[:, None])
+    index, at = env.keypoints()
+    for i, colour in enumerate(("red", "green")):
+        hand, thing = (at[i, index[i] == maniskill.KEYPOINTS.index(k)] for k in ("hand", colour))
+        np.testing.assert_allclose(hand, thing, atol=3)
+
+
+@simulated
 def test_fixed_horizon(env):
     """The expert stays away from what it has placed: .1 grasped, .1 held for 5 steps in a row, 1 for the goal, and it counts until the end."""
     env.fixed_horizon, total = True, 0.
@@ -349,8 +372,9 @@ def test_own_tasks(env_id, dim):
             seen.append(made.step(action.reshape(1, 4, dim))[0]["image"][0])
         parts = [(np.abs(b.astype(int) - a).max(2) > 10) for a, b in zip(seen, seen[1:])]
         assert all(p.mean() > .005 for p in parts) and not (dim == 14 and (parts[0] & parts[1]).mean() > .5 * parts[0].mean())
-        with pytest.raises(SystemExit, match="no scripted expert"):
-            made.expert_action()
+        for ask, said in ((made.expert_action, "no scripted expert"), (made.keypoints, "no keypoints")):
+            with pytest.raises(SystemExit, match=said):
+                ask()
         assert not made.restarts
 
 

@@ -86,6 +86,18 @@ def test_other_simulators_are_listed(tmp_path, monkeypatch):
     assert "| libero-object-opd-exact-1 | 45.5 [38.7, 52.4] | 90.5 [85.6, 93.8] | 200 | 10 |" in report.page()
 
 
+def test_ppo_and_road_on_another_simulator(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    for k in ("ppo", "road"):
+        shutil.copy(RESULTS / f"tabletop-repositioning-{k}-1.csv", tmp_path / f"maniskill-repositioning-{k}-1.csv")
+    page, (first, *_, last) = report.page(), data.parse(RESULTS / "tabletop-repositioning-road-1.csv")
+    steps = sum(r.get("charts/env_steps", 0) for k in ("ppo", "road") for r in data.parse(RESULTS / f"tabletop-repositioning-{k}-1.csv"))
+    line, = [line for line in page.splitlines() if line.startswith("| ROAD-VLA | 1 |")]
+    assert f"{first['charts/ood_success']:.3f}, {last['charts/ood_success']:.3f}" in line and f"| {steps:.0f} |" in line and "simulators.png" not in page
+    figures.draw()
+    assert [p.name for p in tmp_path.glob("*.png")] == ["maniskill-repositioning.png"]
+
+
 @pytest.mark.parametrize("t,p", [(2.776, .05), (4.604, .01), (.741, .5)])                # a table of Student's t, 4 degrees of freedom
 def test_seeds_that_differ_count_by_students_t(t, p):
     spread = np.array([-.3, 0., .3])                     # far more than 200 episodes explain: variance .09, of a mean .03

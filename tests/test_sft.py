@@ -119,6 +119,14 @@ def test_learns(tmp_path, monkeypatch, decoding):
     assert 10 * 8 < len(image) == len(target) < 10 * 64  # one demonstration of each of the ten tasks
 
 
+@pytest.mark.parametrize("rate", [0., 1.])
+def test_tower_rate(tmp_path, monkeypatch, rate):
+    train(tmp_path, monkeypatch, "run", num_iterations=1, tower_rate=rate)
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (small.checkpoints(tmp_path)["student"], tmp_path / "run" / "checkpoint"))
+    same = {k: torch.equal(before[k], after[k]) for k in before if k.startswith(("vision", "projector", "action_slots"))}
+    assert all(same[k] == (rate == 0 and k.startswith("vision")) for k in same) and len(same) > 5
+
+
 def test_disturbed_demonstrations(tmp_path):
     """Bursts are marked, and what is written down is what the expert wanted, within -1 and 1."""
     import envs
