@@ -231,7 +231,7 @@ def test_keypoints_are_on_the_things(env):
         y, x = np.nonzero((np.abs(seen(name) - whole) > 15).any(2))
         np.testing.assert_allclose(at[0][index[0] == k], [[(x.min() + x.max()) / 2, (y.min() + y.max()) / 2]], atol=2, err_msg=name)
     reset(env, task=(0, 1))
-    while not env.holding.all():
+    while not (env.in_a_row > 0).all():
         env.step(env.expert_action()[:, None])
     index, at = env.keypoints()
     for i, colour in enumerate(("red", "green")):
