@@ -1,6 +1,7 @@
 """What the CSV files say, and the statistics: for report.py and figures.py."""
 import csv
 import math
+import re
 from functools import cache
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def simulated():
 def rivals():
     """Suites of other simulators with a run of PPO and one of ROAD."""
     return sorted({name.rpartition("-road-")[0] for name in simulated() if name.replace("-road-", "-ppo-") in simulated() and "-road-" in name})
+
+
+def others():
+    """The rest of those that play while they learn."""
+    return {name: rows for name, rows in simulated().items() if any("charts/success_rate" in r for r in rows) and re.sub("-(ppo|road)-.$", "", name) not in rivals()}
 
 
 def there(algorithms, suites):

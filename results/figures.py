@@ -116,13 +116,13 @@ def draw():
             key.startswith("charts") and axis.set_ylim(0, 1)
         figure.suptitle(suite, fontsize=8)
         save(figure, f"{suite}.png")
-    if runs := {name: rows for name, rows in data.simulated().items() if re.sub("-(ppo|road)-.$", "", name) not in data.rivals()}:
+    if runs := data.others():
         figure, axes = panels(1, len(runs), 2.5, sharey=True)
         for axis, (name, rows) in zip(axes[0], runs.items()):
-            if played := [(r["step"], r["charts/success_rate"]) for r in rows if "charts/success_rate" in r]:
-                axis.plot(*zip(*played), color="#0072b2", lw=1.3, label="training rollouts, sampled")
+            played = [(r["step"], r["charts/success_rate"]) for r in rows if "charts/success_rate" in r]
+            axis.plot(*zip(*played), color="#0072b2", lw=1.3, label="training rollouts, sampled")
             x, y, low, high = np.array([(r["step"], *(r[f"charts/eval_{k}"] for k in ("success", "low", "high"))) for r in rows if "charts/eval_success" in r]).T
             axis.errorbar(x, y, [y - low, high - y], color="#d55e00", lw=1.3, marker="o", ms=4, capsize=3, label="greedy, Wilson's 95 %")
             axis.set(xlabel=ITERATION, ylabel="success" if axis is axes[0][0] else "", ylim=(0, 1))
-            axis.set_title(name.replace("-opd", "\n-opd"), fontsize=6)
+            axis.set_title(re.sub("(.{18}[^-]*)-", r"\1\n-", name), fontsize=6)
         save(figure, "simulators.png")

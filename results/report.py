@@ -405,7 +405,7 @@ def simulators():
                 lost = sum(limit * (r["charts/episodes"] - r["charts/success"]) for r in played) / sum(r["charts/env_steps"] for r in played)
                 yield f"- {name}: {100 * lost:.0f} % of the steps that were learned from belong to failures."
         yield ""
-    if len(data.simulated()) > 2 * len(data.rivals()):
+    if data.others():
         yield "![Other simulators](simulators.png)\n"
     yield from rivals()
 
