@@ -65,7 +65,7 @@ class Args:
     smoothing: float = 6.0  # labels are Gaussians of this many bins; 0: one bin, as OpenVLA is trained
     decoding: Literal["parallel", "autoregressive"] = "parallel"  # of a new tiny model
     pretrain_tower: int = 0  # steps of teaching a new tiny model's tower where things are
-    tower_rate: float = 1.0  # of the towers' learning rate; at the full one a pretrained tower forgets what it cannot see again at once
+    tower_rate: float = 1.0  # the towers' part of the learning rate; below 1 a pretrained tower keeps longer what it was taught
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)                        # before torch is imported: --help is instant
@@ -602,6 +602,7 @@ def main(args):
     names = [e for e in envs.known() if e.startswith("tabletop-") and e != "tabletop-two-arm"] if args.env == "tabletop" else [args.env]
     suite_envs = [envs.make(name, args.num_envs, args.seed) for name in names]
     env, rng = suite_envs[0], np.random.default_rng(args.seed)
+    args.data and args.demo_policy and sys.exit("--demo-policy plays in between the scripted expert's demonstrations: leave --data out")
     intruder = VLA.load(args.demo_policy, device, getattr(torch, args.dtype), trainable=False) if args.demo_policy else None
     run, demos = Run(args, "sft", rank), read_hdf5(args.data, args.demos_per_task) if args.data else []
     if args.resume or args.student:

@@ -78,7 +78,7 @@ class LiberoEnv(SimulatorEnv):
     def __init__(self, name, num_envs=1, seed=0, max_steps=None, assets="", workers=None, timeout=60):
         """workers: at most so many environments, by default one a core.  timeout: seconds for a chunk; a reset gets two minutes more."""
         suite, *options = name.split("-")
-        if wrong := [k for k in options if not re.fullmatch(r"all50|nomsaa|\d+|tasks\d+", k)]:
+        if wrong := [k for k in options if not re.fullmatch(r"all50|nomsaa|[1-9]\d*|tasks\d+", k)]:
             raise SystemExit(f"libero-{suite} has no option -{wrong[0]}: there are -all50, -nomsaa, a number of steps (-512) and tasks (-tasks037)")
         self.workers, self.waiting, self.timeout, self.arguments, self.draw = [], set(), timeout, (setup(assets), int("nomsaa" not in options)), True
         with contextlib.redirect_stdout(io.StringIO()):

@@ -16,10 +16,10 @@ import importlib.util, os, re, sys
 from pathlib import Path
 import numpy as np
 import torch
-from envs import Suite, SimulatorEnv
+from envs import TABLETOP, Suite, SimulatorEnv
 from envs.worker import Worker
 
-SHIFTS = ("unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose", "repositioning")
+SHIFTS = TABLETOP[4:11]
 COLOURS = dict(red=(.8, .06, .06), green=(.05, .5, .1), blue=(.06, .18, .8), yellow=(.95, .75, .05), purple=(.4, .08, .55), orange=(.95, .35, .03),
                white=(.92, .92, .9), black=(.03, .03, .04), pink=(.95, .4, .6), cyan=(.05, .65, .75))
 SHAPES = dict(cube=("box", [.02, .02, .02]), ball=("sphere", .022), can=("cylinder", .02, .03), brick=("box", [.034, .016, .018]), pill=("capsule", .017, .02))

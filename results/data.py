@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jobs import SIMULATORS
+
 FOLDER, used = Path(__file__).resolve().parent, set()    # the folder in use; the runs read since it was cleared
 SUITES = ("spatial", "object", "goal", "long")
 SHIFTS = ("unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose", "repositioning")
-SIMULATORS = ("libero-", "maniskill-", "rl4vla-", "robotwin-")
 PHASES = ("rollout", "teacher", "reference", "advantages", "update", "demos")
 # Label, colour (Okabe and Ito's, told apart by colour-blind readers as well), line.
 STYLE = {
@@ -36,7 +37,7 @@ def parse(path):
 
 def find(folder, suite, algorithm, tail):
     """{seed: path}; what has no seed, an evaluated checkpoint, is seed 0."""
-    name = f"{suite}-{algorithm}" if suite.startswith(SIMULATORS) else f"tabletop-{suite}-{algorithm}"
+    name = f"{suite}-{algorithm}" if suite.split("-")[0] in SIMULATORS else f"tabletop-{suite}-{algorithm}"
     return {int(p.name[len(name):].removesuffix(tail)[1:] or 0): p for p in sorted([*folder.glob(f"{name}-[0-9]{tail}"), *folder.glob(f"{name}{tail}")])}
 
 

@@ -400,7 +400,7 @@ def simulators():
         yield "steps or fewer (-150). Some meshes had stand-in textures (other pictures, the same physics), so the published checkpoints' numbers are no measure"
         yield "for these. Minutes: one core, without evaluation.\n"
         for name, trained in data.simulated().items():
-            if played := [r for r in trained if name.startswith("libero") and "-opd-" in name and "charts/success_rate" in r]:
+            if played := [r for r in trained if name.startswith("libero-object") and "-opd-" in name and "charts/success_rate" in r]:
                 limit = int((re.search(r"-(\d+)-", name) or [0, 280])[1])                # a failure takes all of its steps
                 lost = sum(limit * (r["charts/episodes"] - r["charts/success"]) for r in played) / sum(r["charts/env_steps"] for r in played)
                 yield f"- {name}: {100 * lost:.0f} % of the steps that were learned from belong to failures."

@@ -221,8 +221,9 @@ def test_numbers_of_the_protocol(capsys):
     few._ask = lambda i, *request: few.history[i].append(request)
     few._reset(0, 0, 0, "train")
     assert "pick_up_the_milk" in few.history[0][0][1] and np.array_equal(few.history[0][0][2], few.init_states(7)[0])
-    with pytest.raises(SystemExit, match="no option -all49: there are -all50, -nomsaa, a number of steps"):
-        envs.make("libero-object-all49")
+    for wrong in ("all49", "0"):
+        with pytest.raises(SystemExit, match=f"no option -{wrong}: there are -all50, -nomsaa, a number of steps"):
+            envs.make(f"libero-object-{wrong}")
     capsys.readouterr()
     cores = len(os.sched_getaffinity(0))
     assert envs.make("libero-object", 512).num_envs == cores and f"{cores} environments side by side" in capsys.readouterr().err

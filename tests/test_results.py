@@ -86,6 +86,15 @@ def test_other_simulators_are_listed(tmp_path, monkeypatch):
     assert "| libero-object-opd-exact-1 | 45.5 [38.7, 52.4] | 90.5 [85.6, 93.8] | 200 | 10 |" in report.page()
 
 
+def test_the_readme_quotes_the_run_on_libero():
+    rows, name = data.parse(RESULTS / "libero-object-nomsaa-150-tasks13479-opd-forgot-1.csv"), "libero-object-nomsaa-150-tasks13479-teacher-1.csv"
+    greedy, sampled = ([r[k] for r in rows if k in r] for k in ("charts/eval_success", "charts/success_rate"))
+    *_, teacher = data.parse(RESULTS / name)
+    said = (f"greedy success rose from {100 * greedy[0]:.0f} to {100 * greedy[-1]:.0f} % of {data.size(rows[0])} episodes, sampled success from "
+            f"{100 * sampled[0]:.0f} to {100 * sampled[-1]:.0f} % of {rows[1]['charts/episodes']:.0f}; the teacher has {100 * teacher['charts/eval_success']:.0f} %")
+    assert said in " ".join((RESULTS.parent / "README.md").read_text().split())
+
+
 def test_ppo_and_road_on_another_simulator(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
     for k in ("ppo", "road"):

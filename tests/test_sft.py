@@ -153,6 +153,11 @@ def test_a_policy_in_between():
     assert gaps >= 3
 
 
+def test_a_policy_in_between_needs_the_expert(tmp_path):
+    with pytest.raises(SystemExit, match="leave --data out"):
+        sft.main(sft.Args(env="tabletop-object", data=str(tmp_path), demo_policy="checkpoint", run_dir=str(tmp_path / "run")))
+
+
 def test_resume_goes_on_exactly(tmp_path, monkeypatch):
     """Killed after the first of two iterations; both optimisers go on."""
     train(tmp_path, monkeypatch, "straight", num_iterations=2, batch_size=64)
