@@ -15,7 +15,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from envs import Suite, SimulatorEnv, make
 from envs.libero_worker import IDLE, protocol
-from envs.worker import Worker
+from envs.worker import Failed, Replayed, start
 
 MAX_STEPS = dict(spatial=220, object=280, goal=300, long=520)
 INSTALL = ("pip install 'mujoco<3.9' scipy numba opencv-python-headless PyOpenGL easydict cloudpickle future termcolor pyyaml h5py && "
@@ -64,23 +64,17 @@ def setup(assets=""):
     return libero.libero._assets_path_cache
 
 
-# -------------------------------------------------------------------------------------------------------------- processes
-def start(*words):
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    one = {k: os.environ.get(k, v) for k, v in dict(OMP_NUM_THREADS="1", LP_NUM_THREADS="0").items()}     # one core: Mesa, too
-    return Worker([sys.executable, "-m", "envs.libero_worker"], words, os.environ["LIBERO_CONFIG_PATH"], one | dict(PYTHONPATH=path))
-
-
 # -------------------------------------------------------------------------------------------------------------- environment
 class LiberoEnv(SimulatorEnv):
     workers = ()                                                         # for __del__, should the constructor fail
+    restarts = property(lambda self: sum(worker.restarts for worker in self.workers))
 
     def __init__(self, name, num_envs=1, seed=0, max_steps=None, assets="", workers=None, timeout=60):
         """workers: at most so many environments, by default one a core.  timeout: seconds for a chunk; a reset gets two minutes more."""
         suite, *options = name.split("-")
         if wrong := [k for k in options if not re.fullmatch(r"all50|nomsaa|[1-9]\d*|tasks\d+", k)]:
             raise SystemExit(f"libero-{suite} has no option -{wrong[0]}: there are -all50, -nomsaa, a number of steps (-512) and tasks (-tasks037)")
-        self.workers, self.waiting, self.timeout, self.arguments, self.draw = [], set(), timeout, (setup(assets), int("nomsaa" not in options)), True
+        self.draw, words = True, (setup(assets), int("nomsaa" not in options))
         with contextlib.redirect_stdout(io.StringIO()):
             from libero.libero import benchmark
             self.benchmark = benchmark.get_benchmark(f"libero_{suite if suite != 'long' else '10'}")()
@@ -92,54 +86,29 @@ class LiberoEnv(SimulatorEnv):
         limit = max_steps or next((int(k) for k in options if k.isdigit()), MAX_STEPS[suite])
         splits = dict(train=states, eval=states) if "all50" in options else dict(train=states[:40], eval=states[40:])
         super().__init__(Suite(f"libero-{name}", tasks, splits, limit, action_dim=7, chunk=8, image=224), min(num_envs, most), seed)
-        self.init_states, self.restarts, self.broken = functools.cache(self.benchmark.get_task_init_states), 0, np.zeros(self.num_envs, bool)
-        self.history, self.asked, self.answer = ([[] for _ in range(self.num_envs)] for _ in range(3))
-
-    def _ask(self, i, *request):
-        while len(self.workers) <= i:                                    # not before there is something to do
-            self.workers.append(start(*self.arguments))
-        if i in self.waiting:                                            # an exception came between a question and its answer
-            self.workers[i].kill()
-            self.workers[i] = start(*self.arguments)
-        self.asked[i] = request
-        self.waiting.add(i)
-        self.workers[i].send(*request)
+        self.init_states, self.broken, self.answer = functools.cache(self.benchmark.get_task_init_states), np.zeros(self.num_envs, bool), [{}] * self.num_envs
+        self.workers = [Replayed(f"libero-{name}: worker {i}", lambda: start("envs.libero_worker", words, os.environ["LIBERO_CONFIG_PATH"]), timeout, reset=120)
+                        for i in range(self.num_envs)]
 
     def _wait(self, i):
-        """Worker i's answer, whatever happens to the worker."""
-        patience = lambda request: self.timeout + 120 * (request[0] == "reset")
-        for attempt in range(3):
-            try:
-                if attempt:
-                    for request in self.history[i]:
-                        self.workers[i].send(*request[:-1], False)     # no pictures
-                        self.workers[i].receive(patience(request))
-                    self.workers[i].send(*self.asked[i])
-                answer = self.workers[i].receive(patience(self.asked[i]))
-                if self.asked[i][0] != "expert":
-                    self.history[i].append(self.asked[i])
-                    self.answer[i] = answer
-                self.waiting.discard(i)
-                return answer
-            except (EOFError, OSError, RuntimeError, FloatingPointError) as e:
-                error = f"{str(e) or 'it died'}; its last words: {self.workers[i].kill()}"
-                self.workers[i], self.restarts, self.broken[i] = start(*self.arguments), self.restarts + 1, attempt == 2
-                print(f"{self.suite.name}: worker {i} failed ({error}); a new one replays its episode", file=sys.stderr, flush=True)
-        if "physics" not in error or self.asked[i][0] == "reset":
-            raise SystemExit(f"{self.suite.name}: three workers in a row failed at the same place ({error})")
-        self.waiting.discard(i)
-        return self.answer[i]
+        """Worker i's answer to what it was asked last."""
+        request = self.workers[i].asked
+        try:
+            self.answer[i] = self.workers[i].answer((*request[:-1], False))      # replayed without pictures
+        except Failed as e:
+            if "physics" not in str(e) or request[0] == "reset":
+                raise
+            self.broken[i] = True
 
     def _reset(self, i, task, init_state, split):
-        self.history[i], self.broken[i] = [], False
-        number = self.numbers[task]
-        self._ask(i, "reset", self.benchmark.get_task_bddl_file_path(number), self.init_states(number)[init_state], self.draw)
+        self.broken[i], number = False, self.numbers[task]
+        self.workers[i].ask("reset", self.benchmark.get_task_bddl_file_path(number), self.init_states(number)[init_state], self.draw)
         return self.suite.tasks[task]
 
     def _render(self, live):
         """What came with the answers; draw=False leaves pictures as they are."""
         for i in np.flatnonzero(live):
-            self.history[i] or self._wait(i)                             # a reset is under way
+            self.workers[i].asked and self._wait(i)                      # a reset is under way
         return np.stack([self.answer[i].get("image", self.image[i]) for i in np.flatnonzero(live)] or self.image[:0])
 
     def step(self, actions):
@@ -149,11 +118,11 @@ class LiberoEnv(SimulatorEnv):
         if actions.ndim == 3 and actions.shape[::2] == (self.num_envs, 7):           # otherwise the base class tells
             self.ran = np.zeros((2, self.num_envs, actions.shape[1]), bool)
             for i in live:
-                self._ask(i, "run", np.clip(actions[i, :self.suite.max_steps - self.steps[i]], -1, 1), self.fixed_horizon, self.draw)
+                self.workers[i].ask("run", np.clip(actions[i, :self.suite.max_steps - self.steps[i]], -1, 1), self.fixed_horizon, self.draw)
             for i in live:
-                answer = self._wait(i)
+                self._wait(i)
                 if not self.broken[i]:
-                    self.ran[:, i, :len(answer["holds"])] = answer["holds"], answer["held"]
+                    self.ran[:, i, :len(self.answer[i]["holds"])] = self.answer[i]["holds"], self.answer[i]["held"]
         obs, reward, terminated, _, info = super().step(actions)
         self.done |= self.broken
         return obs, reward, terminated, self.done & ~terminated, info
@@ -168,14 +137,15 @@ class LiberoEnv(SimulatorEnv):
     def expert_action(self):
         live, action = np.flatnonzero(~self.done), np.tile(IDLE, (self.num_envs, 1))
         for i in live:
-            self._ask(i, "expert")
+            self.workers[i].ask("expert")
         for i in live:
-            action[i] = self._wait(i)
+            action[i] = self.workers[i].answer()
         return action
 
     def close_extras(self, **kwargs):
-        while self.workers:
-            self.workers.pop().kill()
+        for worker in self.workers:
+            worker.kill()
+        self.workers = ()
 
     def __del__(self):
         self.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from envs import TABLETOP, Suite, SimulatorEnv
-from envs.worker import Worker
+from envs.worker import Replayed, start
 
 SHIFTS = TABLETOP[4:11]
 COLOURS = dict(red=(.8, .06, .06), green=(.05, .5, .1), blue=(.06, .18, .8), yellow=(.95, .75, .05), purple=(.4, .08, .55), orange=(.95, .35, .03),
@@ -87,10 +87,11 @@ def scene(name, task, init_state, ood):
 # -------------------------------------------------------------------------------------------------------------- environment
 class ManiSkillEnv(SimulatorEnv):
     workers, simulation = (), None                                           # for __del__, should the constructor fail
+    restarts = property(lambda self: sum(worker.restarts for worker in self.workers))
 
     def __init__(self, name, num_envs=1, seed=0, max_steps=None, image=128, full_meshes=False, workers=None, timeout=120):
         """workers: on a CPU, at most so many environments, by default one a core.  timeout: seconds for a step; a start gets five minutes more."""
-        self.name, self.label, self.timeout, cuda = name.removesuffix("-meshes"), f"maniskill{'-' * (name[0] != ':')}{name}", timeout, torch.cuda.is_available()
+        self.name, self.label, cuda = name.removesuffix("-meshes"), f"maniskill{'-' * (name[0] != ':')}{name}", torch.cuda.is_available()
         if self.name not in SHIFTS and not re.match(":.", self.name):
             raise SystemExit(f"{self.label} is neither one of maniskill-{{{', '.join(SHIFTS)}}}, with or without -meshes behind it, nor a maniskill:ID")
         if not importlib.util.find_spec("mani_skill"):
@@ -99,15 +100,15 @@ class ManiSkillEnv(SimulatorEnv):
         if num_envs > most:
             print(f"{self.label}: {most} environments side by side, one a core, instead of {num_envs}", file=sys.stderr, flush=True)
             num_envs = most
-        self.words = self.name[1:] if self.name[0] == ":" else "", image, int(full_meshes or name != self.name)
-        self.workers, self.waiting, self.restarts, self.fresh, self.holding = [], set(), 0, {}, np.zeros(num_envs, bool)
-        self.history, self.asked = [[] for _ in range(num_envs)], [()] * num_envs
+        words, root = (self.name[1:] if self.name[0] == ":" else "", image, int(full_meshes or name != self.name)), Path(__file__).resolve().parents[1]
+        self.fresh, self.holding = {}, np.zeros(num_envs, bool)
         try:
             if cuda:
                 from envs.maniskill_worker import Simulation
-                self.simulation = Simulation(self.words[0], num_envs, image, True, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+                self.simulation = Simulation(words[0], num_envs, image, True, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             else:
-                self.workers = [self._start() for _ in range(num_envs)]
+                self.workers = [Replayed(f"{self.label}: worker {i}", lambda: start("envs.maniskill_worker", words, root), timeout, suite=300, reset=300)
+                                for i in range(num_envs)]
             made, = self._call("suite", [0])
         except Unavailable as e:
             self.close()
@@ -117,45 +118,14 @@ class ManiSkillEnv(SimulatorEnv):
         super().__init__(Suite(self.label, instructions(self.name), splits, max_steps or made["max_steps"], made["action_dim"], 4, image), num_envs, seed)
 
     # ---------------------------------------------------------------------------------------------------------- processes
-    def _start(self):
-        root = Path(__file__).resolve().parents[1]
-        one = {k: os.environ.get(k, v) for k, v in dict(OMP_NUM_THREADS="1", LP_NUM_THREADS="0").items()}      # one core: Mesa, too
-        path = os.pathsep.join([str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-        return Worker([sys.executable, "-m", "envs.maniskill_worker"], self.words, root, one | dict(PYTHONPATH=path))
-
     def _call(self, method, rows, *given):
         """Asks the simulators of `rows`, all at once; one answer a row."""
         if self.simulation:
             return getattr(self.simulation, method)(list(rows), *given)
-        for k, i in enumerate(rows):
-            if i in self.waiting:                                            # an exception came between a question and its answer
-                self.workers[i].kill()
-            if method == "reset":
-                self.history[i] = []
-            self.asked[i] = method, *(g[k] for g in given)
-            self.waiting.add(i)
-            self.workers[i].send(*self.asked[i])
-        return np.concatenate([self._wait(i) for i in rows])
-
-    def _wait(self, i):
-        """Worker i's answer, whatever happens to the worker."""
-        patience = lambda request: self.timeout + 300 * (request[0] in ("suite", "reset"))
-        for attempt in range(3):
-            try:
-                for request in self.history[i] if attempt else ():
-                    self.workers[i].send(*request)
-                    self.workers[i].receive(patience(request))
-                attempt and self.workers[i].send(*self.asked[i])
-                answer = self.workers[i].receive(patience(self.asked[i]))
-                if self.asked[i][0] in ("reset", "step"):
-                    self.history[i].append(self.asked[i])
-                self.waiting.discard(i)
-                return answer
-            except (EOFError, OSError, RuntimeError) as e:
-                error = f"{str(e) or 'it died'}; its last words: {self.workers[i].kill()}"
-                self.workers[i], self.restarts = self._start(), self.restarts + 1
-                print(f"{self.label}: worker {i} failed ({error}); a new one replays its episode", file=sys.stderr, flush=True)
-        raise SystemExit(f"{self.label}: three workers in a row failed at the same place ({error})")
+        requests = [(method, *(g[k] for g in given)) for k in range(len(rows))]
+        for i, request in zip(rows, requests):
+            self.workers[i].ask(*request)
+        return np.concatenate([self.workers[i].answer(request if method in ("reset", "step") else None) for i, request in zip(rows, requests)])
 
     def close_extras(self, **kwargs):
         for worker in self.workers:

@@ -1,9 +1,12 @@
-"""A simulator in a process of its own.  It gets the number of its end of a pipe, then `words`; its log is what it prints to stderr."""
-import contextlib, os, socket, subprocess, tempfile
+"""Simulators in processes of their own."""
+import contextlib, os, socket, subprocess, sys, tempfile
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 
 class Worker:
+    """A process.  It gets the number of its end of a pipe, then `words`; its log is what it prints to stderr."""
+
     def __init__(self, program, words, cwd, environment):
         mine, its = socket.socketpair()
         self.log, self.pipe = tempfile.TemporaryFile(), Connection(mine.detach())
@@ -27,3 +30,59 @@ class Worker:
         """Returns what it complained of last."""
         self.process.kill(), self.process.wait(), self.process.stdin.close(), self.pipe.close(), self.log.seek(0)
         return (self.log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+
+
+def start(module, words, cwd):
+    """A worker that runs a module of ours, on one core (so does Mesa)."""
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    one = {k: os.environ.get(k, v) for k, v in dict(OMP_NUM_THREADS="1", LP_NUM_THREADS="0").items()}
+    return Worker([sys.executable, "-m", module], words, cwd, one | dict(PYTHONPATH=path))
+
+
+class Failed(SystemExit):
+    """Whatever process tries it: this request cannot be answered."""
+
+
+class Replayed:
+    """A worker of a deterministic simulator.  One that dies, hangs or fails is replaced, and the new one replays the episode: nothing is lost, no script needs to
+    know, and stderr tells."""
+
+    def __init__(self, name, start, timeout, **more):
+        """start: makes a Worker, which happens with the first question.  timeout: seconds for an answer, some kinds of requests have so many more."""
+        self.name, self.start, self.timeout, self.more, self.worker, self.asked, self.episode, self.restarts = name, start, timeout, more, None, None, [], 0
+
+    def ask(self, *request):
+        self.worker = self.worker or self.start()
+        if self.asked:                                   # an exception came between a question and its answer
+            self.worker.kill()
+        if request[0] == "reset":
+            self.episode = []
+        self.asked = request
+        self.worker.send(*request)
+
+    def answer(self, replay=None):
+        """The answer, whatever happens to the worker.  replay: what to tell a new one in this request's place (None: it changes nothing)."""
+        for attempt in range(3):
+            try:
+                if attempt:
+                    for request in self.episode:
+                        self.worker.send(*request)
+                        self._receive(request)
+                    self.worker.send(*self.asked)
+                answer = self._receive(self.asked)
+                break
+            except (EOFError, OSError, RuntimeError, FloatingPointError) as e:
+                error = f"{str(e) or 'it died'}; its last words: {self.worker.kill()}"
+                self.worker, self.restarts = self.start(), self.restarts + 1
+                print(f"{self.name} failed ({error}); a new one replays its episode", file=sys.stderr, flush=True)
+        else:
+            self.asked = None
+            raise Failed(f"{self.name}: three workers in a row failed at the same place ({error})")
+        self.asked, self.episode = None, self.episode + [replay] * bool(replay)
+        return answer
+
+    def _receive(self, request):
+        return self.worker.receive(self.timeout + self.more.get(request[0], 0))
+
+    def kill(self):
+        self.worker and self.worker.kill()

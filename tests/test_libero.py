@@ -53,7 +53,7 @@ def same(a, b):
 
 
 def pids(env):
-    return [w.process.pid for w in env.workers]
+    return [w.worker.process.pid for w in env.workers]
 
 
 def alive(pid):
@@ -218,9 +218,9 @@ def test_numbers_of_the_protocol(capsys):
     assert (suite.chunk, suite.action_dim, suite.image, papers.max_steps, papers.name) == (8, 7, 224, 512, "libero-object-all50-512")
     few = envs.make("libero-object-150-tasks71")
     assert few.suite.tasks == [suite.tasks[7], suite.tasks[1]] and few.suite.max_steps == 150 and few.suite.name == "libero-object-150-tasks71"
-    few._ask = lambda i, *request: few.history[i].append(request)
+    few.workers[0].start = Broken
     few._reset(0, 0, 0, "train")
-    assert "pick_up_the_milk" in few.history[0][0][1] and np.array_equal(few.history[0][0][2], few.init_states(7)[0])
+    assert "pick_up_the_milk" in few.workers[0].asked[1] and np.array_equal(few.workers[0].asked[2], few.init_states(7)[0])
     for wrong in ("all49", "0"):
         with pytest.raises(SystemExit, match=f"no option -{wrong}: there are -all50, -nomsaa, a number of steps"):
             envs.make(f"libero-object-{wrong}")
@@ -328,7 +328,7 @@ def test_one_frame_a_chunk():
 
 # ---------------------------------------------------------------------------------------------------------------- robustness
 @simulated
-def test_killed_and_hung_workers_are_replaced(env, capsys):
+def test_killed_and_hung_workers_are_replaced(env, capsys, monkeypatch):
     """kill -9 inside an episode, before a step and during one; then a hang.  The episode goes on to the bit, and stderr tells."""
     actions = random_actions(2, 20)
     reset(env)
@@ -340,20 +340,16 @@ def test_killed_and_hung_workers_are_replaced(env, capsys):
         if k == 1:
             os.kill(pids(env)[0], signal.SIGKILL)
         if k == 2:
-            ask = env._ask
-
-            def kill_it(i, *request):
-                ask(i, *request)
-                i == 1 and os.kill(pids(env)[1], signal.SIGKILL)
-            env._ask = kill_it
+            ask = env.workers[1].ask
+            monkeypatch.setattr(env.workers[1], "ask", lambda *request: (ask(*request), os.kill(pids(env)[1], signal.SIGKILL)))
         if k == 3:
-            del env._ask
+            monkeypatch.undo()
             os.kill(pids(env)[0], signal.SIGSTOP)
-            env.timeout, waited = 5, time.time()
+            monkeypatch.setattr(env.workers[0], "timeout", 5)
+            waited = time.time()
         got += play(env, part)
         if k == 3:
             assert time.time() - waited > 5
-            env.timeout = 60
     assert all(same(a, b) for a, b in zip(want, got)) and len(want) == len(got) == 5
     told = capsys.readouterr().err
     assert env.restarts == restarts + 3 and told.count("replays its episode") == 3 and "no answer for 5 s" in told
@@ -380,7 +376,8 @@ class Broken:
 
 @simulated
 def test_a_nan_that_comes_back_ends_the_episode(monkeypatch, capsys):
-    monkeypatch.setattr(libero, "Worker", Broken)
+    monkeypatch.setattr(libero, "start", Broken)
+    monkeypatch.setattr(Broken, "started", 0)
     env = make(1)
     reset(env, (0,), (0,))
     obs, reward, terminated, truncated, info = env.step(random_actions(1, 8))
@@ -398,7 +395,7 @@ def test_a_nan_that_comes_back_ends_the_episode(monkeypatch, capsys):
 def test_no_stray_processes(how, tmp_path):
     code = ("import signal, sys, time, envs\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"       # a shell's background jobs ignore it
             "e = envs.make('libero-object', 2, workers=2)\ne.draw = False\ne.reset(options=dict(task=[0, 0], init_state=[0, 1]))\n"
-            "print(*[w.process.pid for w in e.workers], flush=True)\n" + ("e.close()\nprint(flush=True)\ntime.sleep(60)" if how == "close" else
+            "print(*[w.worker.process.pid for w in e.workers], flush=True)\n" + ("e.close()\nprint(flush=True)\ntime.sleep(60)" if how == "close" else
                                                                             "while True:\n    e.reset()"))
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
     try:

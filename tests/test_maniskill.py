@@ -306,7 +306,7 @@ def test_repositioning_at_step_5(env, split):
 
 # ---------------------------------------------------------------------------------------------------------------- robustness
 @simulated
-def test_killed_and_hung_workers_are_replaced(env, capsys):
+def test_killed_and_hung_workers_are_replaced(env, capsys, monkeypatch):
     """kill -9 inside an episode; the same in a new worker, to the bit, and stderr tells.  Then one that does not answer."""
     reset(env, "dynamic-noise", (5, 6), (9, 10))
     actions, want = play(env, 12, .3)
@@ -314,11 +314,11 @@ def test_killed_and_hung_workers_are_replaced(env, capsys):
     restarts = env.restarts
     for t in range(12):
         if t == 7:
-            env.workers[0].process.kill()
+            env.workers[0].worker.process.kill()
         assert np.array_equal(env.step(actions[:, t:t + 1])[0]["image"], want[t + 1]), t
         if t == 9:
-            env.timeout = 5
-            os.kill(env.workers[1].process.pid, signal.SIGSTOP)
+            monkeypatch.setattr(env.workers[1], "timeout", 5)
+            os.kill(env.workers[1].worker.process.pid, signal.SIGSTOP)
     told = capsys.readouterr().err
     assert env.restarts == restarts + 2 and told.count("replays its episode") == 2 and "no answer for 5 s" in told
 
@@ -339,7 +339,7 @@ class Broken:
 
 
 def test_three_failures_are_told(monkeypatch, capsys):
-    monkeypatch.setattr(maniskill, "Worker", Broken)
+    monkeypatch.setattr(maniskill, "start", Broken)
     monkeypatch.setattr(maniskill.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="three workers in a row failed at the same place .*no more room"):
@@ -349,7 +349,8 @@ def test_three_failures_are_told(monkeypatch, capsys):
 @simulated
 def test_no_stray_processes():
     made = envs.make("maniskill:StackCube-v1", 2, workers=2)
-    processes = [w.process for w in made.workers]
+    made.reset()
+    processes = [w.worker.process for w in made.workers]
     assert all(p.poll() is None for p in processes) and made.suite.max_steps == 50
     made.close()
     assert all(p.poll() is not None for p in processes)
@@ -428,7 +429,7 @@ def speed():
     one = {}
     for name in ("maniskill-repositioning", "maniskill-repositioning-meshes"):
         env = envs.make(name)
-        pid, cost = env.workers[0].process.pid, {}
+        pid, cost = env.workers[0].worker.process.pid, {}
         for chunk in (1, env.suite.chunk):               # a picture a step, and a picture a chunk
             env.reset()
             env.fixed_horizon, began = True, seconds(pid)
