@@ -16,14 +16,15 @@ PHASES = ("rollout", "teacher", "reference", "advantages", "update", "demos")
 # Label, colour (Okabe and Ito's, told apart by colour-blind readers as well), line.
 STYLE = {
     "teacher": ("Teacher", "#999999", ":"), "base": ("Base", "#999999", "--"), "student": ("Student", "#999999", "-"), "grpo": ("GRPO", "#000000", "-"),
-    "ppo": ("PPO", "#999999", "-"), "ppo-long": ("PPO, for as long as PPO + ROAD", "#000000", "-"), "sft-many": ("SFT, 50 demonstrations a task", "#009e73", "-"),
+    "ppo": ("PPO", "#999999", "-"), "ppo-long": ("PPO, 200 iterations", "#999999", "--"), "sft-many": ("SFT, 50 demonstrations a task", "#009e73", "-"),
     "opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "opd-sampled": ("VLA-OPD, sampled", "#0072b2", "-"), "distill-grpo": ("Distill + GRPO", "#d55e00", "--"),
     "opd-rollout-reward": ("VLA-OPD, sampled, reward of the rollout policy", "#f0e442", "-"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00", "-"),
     "opd-g4": ("VLA-OPD, exact, G = 4", "#cc79a7", "-"), "dagger-fkl": ("DAgger, forward KL", "#009e73", "-"), "dagger-ce": ("DAgger, hard CE", "#cc79a7", "-"),
     "plain-teacher": ("plain teacher", "#999999", ":"), "plain-exact": ("VLA-OPD, exact, plain teacher", "#d55e00", ":"),
     "plain-sampled": ("VLA-OPD, sampled, plain teacher", "#0072b2", ":"), "plain-fkl": ("DAgger, forward KL, plain teacher", "#009e73", ":"),
     "plain-ce": ("DAgger, hard CE, plain teacher", "#cc79a7", ":"),
-    "road": ("ROAD-VLA", "#56b4e9", "-"), "road-alpha-0": ("ROAD-VLA, alpha = 0", "#0072b2", "-"), "road-alpha-1": ("ROAD-VLA, alpha = 1", "#d55e00", "-"),
+    "road": ("ROAD-VLA", "#56b4e9", "-"), "road-long": ("ROAD-VLA, 160 iterations", "#56b4e9", "--"),
+    "road-alpha-0": ("ROAD-VLA, alpha = 0", "#0072b2", "-"), "road-alpha-1": ("ROAD-VLA, alpha = 1", "#d55e00", "-"),
     "road-jsd": ("ROAD-VLA, JSD", "#009e73", "-"), "road-no-gate": ("ROAD-VLA, no gate", "#e69f00", "-"), "road-positive": ("ROAD-VLA, positive only", "#cc79a7", "-"),
     "text-mcts": ("text teacher: MCTS", "#0072b2", "-"), "text-rel-spatial": ("text teacher: RelSpatial", "#d55e00", "-"),
     "text-plan-rel-spatial": ("text teacher: Plan + RelSpatial", "#000000", "-"),

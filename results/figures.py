@@ -74,6 +74,9 @@ def draw():
         if len(there(others, ["repositioning"])) > 1:
             grid_of(f"road-{name}.png", others, ["repositioning"],
                     [(OOD, "iteration", "success, out of distribution", ITERATION), ("losses/critic_agreement", "iteration", "critics agree", ITERATION)])
+    if there(("ppo-long", "road-long"), ["repositioning"]):
+        grid_of("road-long.png", ("ppo-long", "road-long"), ["repositioning"],
+                [("charts/eval_success", "steps", "success, in distribution", STEPS), (OOD, "steps", "success, out of distribution", STEPS)])
     if points := data.forgetting()[0]:
         figure, axes = panels(1, 2, 2.5, sharex=True, sharey=True)
         for k, seeds in points.items():

@@ -15,8 +15,9 @@ ALGORITHMS = {
     "grpo": "grpo.py --eval-every 1", "distill-grpo": "grpo.py --eval-every 1 --num-iterations 6 --student {opd-exact}/checkpoint",
     # Plain fine-tuning: the teacher's recipe (sft.py) without the disturbances, from the student as all others.
     "sft-many": "sft.py --student checkpoints/{env}-student --demos-per-task 50 --num-iterations 4 --learning-rate 5e-4 --batch-size 32 --eval-every 1",
-    "ppo": "ppo.py --eval-every 10 --entropy-coefficient 0.01", "ppo-long": "ppo.py --eval-every 10 --entropy-coefficient 0.01 --num-iterations 80",
-    "road": "road_vla.py --eval-every 10 --reference {ppo}", "road-jsd": "road_vla.py --eval-every 10 --reference {ppo} --divergence jsd",
+    "ppo": "ppo.py --eval-every 10 --entropy-coefficient 0.01", "ppo-long": "ppo.py --eval-every 20 --entropy-coefficient 0.01 --num-iterations 200",
+    "road": "road_vla.py --eval-every 10 --reference {ppo}", "road-long": "road_vla.py --eval-every 20 --reference {ppo} --num-iterations 160",
+    "road-jsd": "road_vla.py --eval-every 10 --reference {ppo} --divergence jsd",
     "road-no-gate": "road_vla.py --eval-every 10 --reference {ppo} --no-gate", "road-positive": "road_vla.py --eval-every 10 --reference {ppo} --positive-only",
     "road-alpha-0": "road_vla.py --eval-every 10 --reference {ppo} --alpha 0", "road-alpha-1": "road_vla.py --eval-every 10 --reference {ppo} --alpha 1",
     **{f"ppo-at-{n}": f"ppo.py --eval-every 10 --entropy-coefficient 0.01 --num-iterations {n}" for n in (10, 20, 30)},
@@ -49,7 +50,7 @@ TABLES = [                                               # table or figure, suit
     ("road-table5", ("multi-object",), "ppo road road-positive"),
     ("road-alpha", ("repositioning",), "road-alpha-0 road road-alpha-1"),
     ("road-reference", ("repositioning",), "road-reference-10 road-reference-20 road-reference-30 road"),
-    ("road-cost", ("",), "cost"), ("road-table1", ("repositioning",), "ppo-long"),
+    ("road-cost", ("",), "cost"), ("road-long", ("repositioning",), "ppo road ppo-long road-long"),
     ("checkpoints", (*SUITES, *SHIFTS), "base"), ("checkpoints", (*SUITES, *SHIFTS, "two-arm"), "student teacher")]
 QUICK = [("quick", ("object",), "student teacher opd-exact grpo opd-sampled opd-g2 dagger-fkl dagger-ce distill-grpo sft-many ppo road"),
          ("quick", SUITES[1:] + ("two-arm",), "student teacher opd-exact grpo"), ("quick", SHIFTS, "ppo road"), ("quick", ("repositioning",), "text-rel-spatial")]

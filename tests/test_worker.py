@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from envs.worker import Worker
+from envs.worker import Failed, Replayed, Worker
 
 PROGRAM = """
 import os, sys, time
@@ -55,3 +55,62 @@ def test_a_dead_one_is_noticed(worker):
     with pytest.raises(EOFError):
         worker.receive(20)
     worker.send("say")                                   # says nothing; receive() would
+
+
+COUNTER = """
+import os, sys, time
+from multiprocessing.connection import Connection
+pipe, said = Connection(int(sys.argv[1])), 0
+while True:
+    what, *rest = pipe.recv()
+    if what == "fail": raise SystemExit("no more room")
+    if what == "reset": said = 0
+    if what == "step": said += rest[0]
+    if what == "hang once" and not os.path.exists("hung"):
+        open("hung", "w").close(), time.sleep(60)
+    pipe.send(said)
+"""
+
+
+@pytest.fixture
+def counter(tmp_path):
+    """A simulator that adds up, an episode of 2 + 3 under way."""
+    w = Replayed("counter", lambda: Worker([sys.executable, "-c", COUNTER], [], tmp_path, {}), 20, **{"hang once": -18})
+    for request in (("reset",), ("step", 1), ("reset",), ("step", 2), ("step", 3)):
+        w.ask(*request)
+        w.answer(replay=request)
+    yield w
+    w.kill()
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_new_worker_replays_the_episode(counter, when, capsys):
+    when == "before" and counter.worker.kill()
+    counter.ask("look")
+    when == "during" and counter.worker.kill()
+    assert counter.answer() == 5                         # not 6: the episode before is over
+    counter.worker.kill()
+    counter.ask("step", 4)
+    assert counter.answer(replay=("step", 40)) == 9 and counter.restarts == 2
+    counter.worker.kill()                                # told something else in its place: pictures that nobody will see are not drawn again
+    counter.ask("look")
+    assert counter.answer() == 45 and counter.restarts == 3 and capsys.readouterr().err.count("counter failed") == 3
+
+
+def test_a_hung_worker_is_replaced(counter, capsys):
+    counter.ask("hang once")
+    assert counter.answer() == 5 and counter.restarts == 1 and "no answer for 2 s" in capsys.readouterr().err
+
+
+def test_an_answer_that_nobody_took_is_not_the_next_one(counter):
+    counter.ask("step", 7)                               # Ctrl-C here
+    counter.ask("look")
+    assert counter.answer() == 5
+
+
+def test_three_failures_in_a_row(counter):
+    counter.ask("fail")
+    with pytest.raises(Failed, match="counter: three workers in a row failed at the same place .*no more room"):
+        counter.answer()
+    counter.ask("reset")
+    assert counter.answer(replay=("reset",)) == 0
