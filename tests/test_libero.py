@@ -4,6 +4,7 @@
     python tests/test_libero.py expert libero-object 10    # the scripted expert on so many initial states a task
 """
 import contextlib
+import ctypes.util
 import io
 import json
 import os
@@ -308,6 +309,20 @@ def test_states_and_frames_are_the_stock_ones(env):
             assert np.array_equal(state, mine) and np.array_equal(want, got)
     assert np.array_equal(env.image[0], libero_worker.picture(obs["agentview_image"]))
     made.close()
+
+
+@simulated
+def test_osmesa_draws_what_egl_draws(env, monkeypatch):
+    if not ctypes.util.find_library("OSMesa"):
+        pytest.skip("OSMesa is not here: apt install libosmesa6")
+    seen = []
+    for gl in ("egl", "osmesa"):
+        [monkeypatch.setenv(name, gl) for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM")]
+        with contextlib.closing(make()) as made:
+            reset(made, (0,), (3,))
+            seen.append(play(made, random_actions(1, 16))[-1][0]["image"])
+            assert f"MUJOCO_GL={gl}".encode() in Path(f"/proc/{pids(made)[0]}/environ").read_bytes().split(b"\0")
+    assert np.array_equal(*seen) and seen[0].std() > 20
 
 
 @simulated
