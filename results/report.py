@@ -16,6 +16,7 @@ from data import SHIFTS, STYLE, SUITES, apart, curves, differ, ends, entropies, 
 from data import there, used, whole, wilson
 
 HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
 # The papers' own numbers, success in %.
 TABLE2 = {"teacher": (94.2, 96.1, 94.6, 90.7, 93.9), "sft-many": (84.7, 88.4, 79.2, 53.7, 76.5), "student": (63.6, 54.9, 59.6, 17.3, 48.9),      # sft-many: OpenVLA
           "opd-exact": (84.3, 93.8, 92.5, 78.9, 87.4), "distill-grpo": (93.4, 95.3, 94.5, 90.2, 93.4)}
@@ -99,17 +100,23 @@ def named(algorithms, suite, *columns):
 
 
 # --------------------------------------------------------------------------------------------------------------------- VLA-OPD
-def algorithms():
+def compared():
+    """Environment steps that all have in common, a row an algorithm."""
     order = ("grpo", "ppo", "road", "opd-exact", "opd-sampled", "opd-rollout-reward", "opd-g2", "opd-g4", "dagger-fkl", "dagger-ce", "distill-grpo")
-    runs, rows, make = {k: read("object", k) for _, k in there(order, ["object"])}, [], read("object", "make-teacher")
-    if not runs:
-        return
-    budget = min(spent(r)[0] for k, each in runs.items() if k not in ("opd-g2", "opd-g4", "distill-grpo") for r in each.values())
+    runs, rows = {k: read("object", k) for _, k in there(order, ["object"])}, []
+    budget = min(spent(r)[0] for k, each in runs.items() if k not in ("opd-g2", "opd-g4", "distill-grpo") for r in each.values()) if runs else 0
     for k, each in runs.items():
         both = [(np.interp(min(budget, c[0][-1]), *c), np.interp(np.linspace(0, budget, 200), *c).mean()) for c in curves("object", k).values()]
         steps, minutes = whole("object", k)
         rows.append((STYLE[k][0], len(each), *map(spread, zip(*both)), cell(k, ["object"]), ", ".join(f"{e:.2f}" for e in entropies("object", k).mean(0)[[0, 1, 3]]),
                      f"{np.mean([spent(r, budget)[1] for r in each.values()]):.1f}", f"{steps:.0f}", f"{minutes:.1f}"))
+    return budget, rows
+
+
+def algorithms():
+    (budget, rows), make = compared(), read("object", "make-teacher")
+    if not rows:
+        return
     yield f"All start from the shipped student: {cell('student', ['object'])}; its teacher: {cell('teacher', ['object'])}. Success at {budget:.0f} environment"
     yield "steps (interpolated), and at the end of the run. Area: mean success over those steps, a shorter run keeping its last value. Entropy: nats a token,"
     yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps. ROAD's reference critic is a finished PPO run, so"
@@ -479,9 +486,19 @@ def page():
         *table(("where", "claim", "rule", "measured", "verdict"), told), *body])
 
 
+def front():
+    """The project's README with the main table in it, between its marks."""
+    budget, rows = compared()
+    header = "algorithm", "seeds", f"success, % after {budget:.0f} steps", "at the end", "environment steps in all", "minutes in all"
+    lines = table(header, [(*row[:3], row[4], *row[7:]) for row in rows])
+    return re.sub(r"(?s)(?<=<!-- main table -->\n).*(?=<!-- end -->)", lambda _: "\n" + "\n".join(lines), README.read_text())
+
+
 if __name__ == "__main__":
     data.FOLDER = Path(next((a for a in sys.argv[1:] if a != "--check"), HERE)).resolve()
+    pages = {data.FOLDER / "README.md": page()} | ({README: front()} if data.FOLDER == HERE else {})
     if "--check" in sys.argv:
-        sys.exit((data.FOLDER / "README.md").read_text() != page() and f"{data.FOLDER}/README.md is not what the files beside it say: run python results/report.py")
+        wrong = [path for path, text in pages.items() if path.read_text() != text]
+        sys.exit(f"{wrong[0]} is not what the files beside it say: run python results/report.py" if wrong else 0)
     figures.draw()
-    (data.FOLDER / "README.md").write_text(page())
+    [path.write_text(text) for path, text in pages.items()]
