@@ -633,10 +633,9 @@ def main(args):
     bar = tqdm(range(first + 1, args.num_iterations + 1), initial=first, total=args.num_iterations, disable=rank > 0, dynamic_ncols=True)
     for iteration in bar:
         began = time.time()
-        if not args.data and (args.fresh_demos or not demos):                            # the same in every process; each then takes its share
+        if args.fresh_demos or iteration == first + 1:   # the same in every process; each then takes its share
             rng = np.random.default_rng([args.seed, iteration * args.fresh_demos])       # so that --resume needs no random state
-            demos = [d for e in suite_envs for d in play_expert(e, args.demos_per_task, args.demo_noise, rng, intruder)]
-        image, text, target = windows(demos, model)
+            image, text, target = windows(demos or [d for e in suite_envs for d in play_expert(e, args.demos_per_task, args.demo_noise, rng, intruder)], model)
         collected, order = time.time(), torch.from_numpy(np.random.default_rng([args.seed, iteration]).permutation(len(target) // world * world)[rank::world])
         losses, hits = [], []
         for part in order.split(args.batch_size):
