@@ -132,6 +132,7 @@ class VLA(nn.Module):
         self.chunk, self.action_dim = config.get("chunk", 8 if self.parallel else 1), config.get("action_dim", 7)
         self.num_tokens, self.image, self.pad = self.chunk * self.action_dim, config["image_sizes"][0], llama.pad_token_id
         self.first = llama.vocab_size - config["pad_to_multiple_of"] - BINS
+        self.prompt = config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
         self.towers = config.get("towers") or [dict(DINO if "dino" in t else SIGLIP) for t in config["timm_model_ids"]]
         towers = [(ViT if "depth" in t else ConvTower)(self.image, **{k: v for k, v in t.items() if k not in ("mean", "std")}) for t in self.towers]
         self.vision_backbone = nn.ModuleDict(zip(("featurizer", "fused_featurizer"), towers))
@@ -197,7 +198,7 @@ class VLA(nn.Module):
 
     def add_lora(self, config, state=None):
         """LoRA on every linear layer, in place, in float32; everything else is frozen."""
-        self.lora = config
+        self.lora, config.inference_mode = config, False     # peft's own files say True, which would freeze it
         inject_adapter_in_model(config, self)
         for p in self.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
@@ -225,8 +226,7 @@ class VLA(nn.Module):
         """ids [B, N] and mask: <s>, padding (where the picture goes), the prompt; so any batch gives what one-by-one gives."""
         for text in set(instructions) - self.rows.keys():
             self.tokenizer or sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
-            prompt = self.config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
-            row, llama = self.tokenizer(prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
+            row, llama = self.tokenizer(self.prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
         n = max(map(len, rows := [self.rows[t] for t in instructions]))
         both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
@@ -289,7 +289,7 @@ class VLA(nn.Module):
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
-        key in stats or sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
+        key in stats or sys.exit(f"action statistics {sorted(stats)}, no {key!r}: set unnorm_key in the checkpoint's config.json, or put a dataset_statistics.json beside it")
         return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
 
     def actions(self, tokens):
@@ -440,7 +440,7 @@ def setup(args):
 # --- block match
 def must_match(student, teacher):
     """They have to mean the same by a token, or distillation is nonsense."""
-    mine, yours = ({k: getattr(m, k) for k in ("chunk", "action_dim", "parallel", "image")} | {"ranges": m.ranges().round(6).tolist()} for m in (student, teacher))
+    mine, yours = ({k: getattr(m, k) for k in ("chunk", "action_dim", "parallel", "image", "prompt")} | {"ranges": m.ranges().round(6).tolist()} for m in (student, teacher))
     mine == yours or sys.exit("student and teacher differ in " + "; ".join(f"{k}: {mine[k]} and {yours[k]}" for k in mine if mine[k] != yours[k]))
 
 # --- block weights

@@ -15,9 +15,8 @@ What matters, and why
     Z = 1 + p_a (e^(eta w) - 1) the loss is q_a eta w - log Z and its gradient -c grad log p_a, c = p_a (e^(eta w) - 1) / Z.  The same for JSD.
     So it needs the sampled token's probability only, which PPO has already: the loss is free where the paper pays 1.6 times PPO's time.  The reference's pass is not.
  3. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (coefficient 0.5, entropy 0.01, the settings of PPO) reads as PPO + 0.5 of it: the default.
- 4. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.
+ 4. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
  5. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
- 6. The paper's cosine schedule is not used: the learning rates are constant, as in ppo.py.
 """
 import datetime, json, math, os, re, shutil, sys, time
 from dataclasses import asdict, dataclass
@@ -150,6 +149,7 @@ class VLA(nn.Module):
         self.chunk, self.action_dim = config.get("chunk", 8 if self.parallel else 1), config.get("action_dim", 7)
         self.num_tokens, self.image, self.pad = self.chunk * self.action_dim, config["image_sizes"][0], llama.pad_token_id
         self.first = llama.vocab_size - config["pad_to_multiple_of"] - BINS
+        self.prompt = config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
         self.towers = config.get("towers") or [dict(DINO if "dino" in t else SIGLIP) for t in config["timm_model_ids"]]
         towers = [(ViT if "depth" in t else ConvTower)(self.image, **{k: v for k, v in t.items() if k not in ("mean", "std")}) for t in self.towers]
         self.vision_backbone = nn.ModuleDict(zip(("featurizer", "fused_featurizer"), towers))
@@ -215,7 +215,7 @@ class VLA(nn.Module):
 
     def add_lora(self, config, state=None):
         """LoRA on every linear layer, in place, in float32; everything else is frozen."""
-        self.lora = config
+        self.lora, config.inference_mode = config, False     # peft's own files say True, which would freeze it
         inject_adapter_in_model(config, self)
         for p in self.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
@@ -243,8 +243,7 @@ class VLA(nn.Module):
         """ids [B, N] and mask: <s>, padding (where the picture goes), the prompt; so any batch gives what one-by-one gives."""
         for text in set(instructions) - self.rows.keys():
             self.tokenizer or sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
-            prompt = self.config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
-            row, llama = self.tokenizer(prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
+            row, llama = self.tokenizer(self.prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
         n = max(map(len, rows := [self.rows[t] for t in instructions]))
         both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
@@ -307,7 +306,7 @@ class VLA(nn.Module):
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
-        key in stats or sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
+        key in stats or sys.exit(f"action statistics {sorted(stats)}, no {key!r}: set unnorm_key in the checkpoint's config.json, or put a dataset_statistics.json beside it")
         return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
 
     def actions(self, tokens):
@@ -541,10 +540,11 @@ def main(args):
         sys.exit(f"--num-episodes {args.num_episodes} must divide among {world} processes, --updates-per-rollout be at least 1")
     source = Path(args.reference or f"runs/{args.env}-ppo-{args.seed}")
     if not (source / "checkpoint" / "value_head.safetensors").exists():
-        sys.exit(f"{source} is no run of ppo.py, whose critic is the reference: make it with `python algos/ppo.py --env {args.env} --seed {args.seed} --run-dir {source}`")
+        sys.exit(f"{source} is no run of ppo.py, whose critic is the reference: make it with `python algos/ppo.py --env {args.env}{f' --student {args.student}' * bool(args.student)} --seed {args.seed} --run-dir {source}`")
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "road_vla", rank)
     model = ActorCritic(str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student"), args, device)
     policy, reference = model.policy, ActorCritic(str(source / "checkpoint"), args, device, trainable=False).requires_grad_(False)
+    policy.image == reference.policy.image or sys.exit(f"{source} sees {reference.policy.image} pixels, the student {policy.image}: another --reference, from this student")
     if args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)):
         sys.exit(f"--updates-per-rollout {args.updates_per_rollout}: a process has only {queries} queries a rollout")
     args.compile and (policy.compile(), reference.policy.compile())

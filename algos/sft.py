@@ -146,6 +146,7 @@ class VLA(nn.Module):
         self.chunk, self.action_dim = config.get("chunk", 8 if self.parallel else 1), config.get("action_dim", 7)
         self.num_tokens, self.image, self.pad = self.chunk * self.action_dim, config["image_sizes"][0], llama.pad_token_id
         self.first = llama.vocab_size - config["pad_to_multiple_of"] - BINS
+        self.prompt = config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
         self.towers = config.get("towers") or [dict(DINO if "dino" in t else SIGLIP) for t in config["timm_model_ids"]]
         towers = [(ViT if "depth" in t else ConvTower)(self.image, **{k: v for k, v in t.items() if k not in ("mean", "std")}) for t in self.towers]
         self.vision_backbone = nn.ModuleDict(zip(("featurizer", "fused_featurizer"), towers))
@@ -211,7 +212,7 @@ class VLA(nn.Module):
 
     def add_lora(self, config, state=None):
         """LoRA on every linear layer, in place, in float32; everything else is frozen."""
-        self.lora = config
+        self.lora, config.inference_mode = config, False     # peft's own files say True, which would freeze it
         inject_adapter_in_model(config, self)
         for p in self.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
@@ -239,8 +240,7 @@ class VLA(nn.Module):
         """ids [B, N] and mask: <s>, padding (where the picture goes), the prompt; so any batch gives what one-by-one gives."""
         for text in set(instructions) - self.rows.keys():
             self.tokenizer or sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
-            prompt = self.config.get("prompt", "In: What action should the robot take to {instruction}?\nOut:")
-            row, llama = self.tokenizer(prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
+            row, llama = self.tokenizer(self.prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
         n = max(map(len, rows := [self.rows[t] for t in instructions]))
         both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
@@ -303,7 +303,7 @@ class VLA(nn.Module):
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
-        key in stats or sys.exit(f"unnorm_key {self.config.get('unnorm_key')!r} is not among the checkpoint's action statistics {sorted(stats)}")
+        key in stats or sys.exit(f"action statistics {sorted(stats)}, no {key!r}: set unnorm_key in the checkpoint's config.json, or put a dataset_statistics.json beside it")
         return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
 
     def actions(self, tokens):
@@ -608,6 +608,7 @@ def main(args):
     if args.resume or args.student:
         model = VLA.load(str(run.checkpoint) if args.resume else args.student, device, getattr(torch, args.dtype), args.lora_rank, args.load_in_4bit)
         if model.action_dim != env.suite.action_dim:     # another robot: its own action slots
+            model.lora and sys.exit(f"{args.student} has {model.action_dim} action dimensions, {args.env} {env.suite.action_dim}: train all of it, without --lora-rank")
             model.config.update(action_dim=env.suite.action_dim)
             state = {k: v for k, v in model.state_dict().items() if k != "action_slots"}
             model = VLA(model.config, model.tokenizer).to(device).eval()
@@ -640,9 +641,12 @@ def main(args):
         losses, hits = [], []
         for part in order.split(args.batch_size):
             scale = (1 - (iteration - 1 + len(losses) * args.batch_size / len(order)) / args.num_iterations)
-            logp = model.score(image[part], [text[i] for i in part], target[part].to(device)).log_softmax(-1)
-            loss = -(labels[target[part].to(device)] * logp).sum(-1).mean()
-            (loss / world).backward()
+            loss, hit = 0., 0.
+            for i in part.split(args.micro_batch_size):
+                logp = model.score(image[i], [text[j] for j in i], target[i].to(device)).log_softmax(-1)
+                share = -(labels[target[i].to(device)] * logp).sum() / target[part].numel()
+                (share / world).backward()
+                loss, hit = loss + share.item(), hit + ((logp.argmax(-1).cpu() - target[i]).abs() <= 10).sum().item() / target[part].numel()
             for p in parameters:
                 if p.grad is not None:
                     all_sum(p.grad, world)
@@ -652,8 +656,8 @@ def main(args):
                     group["lr"] = rate * args.learning_rate * scale
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append(loss.item())
-            hits.append(((logp.argmax(-1).cpu() - target[part]).abs() <= 10).float().mean().item())
+            losses.append(loss)
+            hits.append(hit)
         metrics = {"losses/policy_loss": float(np.mean(losses)), "losses/within_10_bins": float(np.mean(hits)), "charts/samples": len(order),
                    "time/demos": collected - began, "time/update": time.time() - collected}
         if iteration % args.eval_every == 0 or iteration == args.num_iterations:

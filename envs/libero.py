@@ -13,9 +13,10 @@ import argparse, contextlib, ctypes.util, functools, importlib.util, io, json, o
 from pathlib import Path
 import numpy as np
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from envs import Suite, SimulatorEnv, make
 from envs.libero_worker import IDLE, protocol
-from envs.worker import Failed, Replayed, start
+from envs.worker import Failed, Replayed, cores, start
 
 MAX_STEPS = dict(spatial=220, object=280, goal=300, long=520)
 INSTALL = ("pip install 'mujoco<3.9' scipy numba opencv-python-headless PyOpenGL easydict cloudpickle future termcolor pyyaml h5py && "
@@ -27,18 +28,25 @@ MESHES = "hf download lerobot/libero-assets --repo-type dataset --local-dir DIR"
 # published its own for the long suite alone, so the others are RLinf's.
 CHECKPOINTS = {s: dict(student=f"Haozhan72/Openvla-oft-SFT-libero-{s}-traj1", teacher=f"RLinf/RLinf-OpenVLAOFT-GRPO-LIBERO-{s}") for s in MAX_STEPS}
 CHECKPOINTS["long"] = dict(student="Haozhan72/Openvla-oft-SFT-libero10-traj1", teacher="Haozhan72/openvla-oft-libero10-traj1-rl")
+STATISTICS = "moojink/openvla-7b-oft-finetuned-libero-{}"                # of actions, from OpenVLA-OFT's authors
 
 
 def checkpoint(env_id, role):
-    """The hub id of a suite's published student or teacher, if there is a hub."""
-    published, tiny = CHECKPOINTS[env_id.split("-")[1]], "runs/tiny/checkpoint"
+    """The hub id of a suite's published student or teacher, if there is a hub.  If it lacks the action statistics, they are put beside it."""
+    suite = env_id.split("-")[1]
+    published, tiny = CHECKPOINTS[suite], "runs/tiny/checkpoint"
     try:
-        hf_hub_download(published[role], "config.json")
+        config = Path(hf_hub_download(published[role], "config.json"))
+        if not any("libero" in key for key in json.loads(config.read_text()).get("norm_stats") or ()):
+            try:
+                hf_hub_download(published[role], "dataset_statistics.json")
+            except EntryNotFoundError:
+                hf_hub_download(STATISTICS.format(suite.replace("long", "10")), "dataset_statistics.json", local_dir=config.parent)
         return published[role]
     except Exception as e:
         both = " and ".join(f"`hf download {name}`" for name in published.values())
         raise SystemExit(f"the hub did not give {published[role]} ({type(e).__name__}): run {both} where there is a network, or make a tiny policy here, "
-                         f"`python algos/sft.py --env {env_id} --run-dir runs/tiny`, and add --student {tiny} --teacher {tiny}")
+                         f"`python algos/sft.py --env {env_id} --run-dir runs/tiny`, and name it: --student {tiny}, for distillation --teacher {tiny}, too")
 
 
 def setup(assets=""):
@@ -78,7 +86,7 @@ class LiberoEnv(SimulatorEnv):
         with contextlib.redirect_stdout(io.StringIO()):
             from libero.libero import benchmark
             self.benchmark = benchmark.get_benchmark(f"libero_{suite if suite != 'long' else '10'}")()
-        most = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        most = workers or cores()
         if num_envs > most:
             print(f"libero-{name}: {most} environments side by side, one a core, instead of {num_envs}", file=sys.stderr, flush=True)
         self.numbers = next(([int(n) for n in k[5:]] for k in options if k.startswith("tasks")), range(10))

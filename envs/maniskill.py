@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from envs import TABLETOP, Suite, SimulatorEnv
-from envs.worker import Replayed, start
+from envs.worker import Replayed, cores, start
 
 SHIFTS = TABLETOP[4:11]
 COLOURS = dict(red=(.8, .06, .06), green=(.05, .5, .1), blue=(.06, .18, .8), yellow=(.95, .75, .05), purple=(.4, .08, .55), orange=(.95, .35, .03),
@@ -96,7 +96,7 @@ class ManiSkillEnv(SimulatorEnv):
             raise SystemExit(f"{self.label} is neither one of maniskill-{{{', '.join(SHIFTS)}}}, with or without -meshes behind it, nor a maniskill:ID")
         if not importlib.util.find_spec("mani_skill"):
             raise SystemExit(f"{self.label} needs ManiSkill 3: {INSTALL}")
-        most = num_envs if cuda else workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        most = num_envs if cuda else workers or cores()
         if num_envs > most:
             print(f"{self.label}: {most} environments side by side, one a core, instead of {num_envs}", file=sys.stderr, flush=True)
             num_envs = most

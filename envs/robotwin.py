@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 from envs import Suite, SimulatorEnv
 from envs.libero_worker import crop
-from envs.worker import Worker
+from envs.worker import Worker, cores
 
 # RoboTwin's task_config/_eval_step_limit.yml, SimpleVLA-RL's rob_rollout.py
 LIMITS = {"pick-dual-bottles": (400, 100), "place-empty-cup": (500, 200), "handover-block": (800, 400), "stack-bowls-two": (900, 400),
@@ -53,8 +53,7 @@ class RoboTwinEnv(SimulatorEnv):
                 splits = {k: json.loads((Path(seeds) / f"robotwin2_{k}_seeds.json").read_text())[module]["success_seeds"] for k in splits}
             except (OSError, KeyError, ValueError) as e:
                 raise SystemExit(f"{seeds} must hold robotwin2_train_seeds.json and robotwin2_eval_seeds.json with {module} ({type(e).__name__}: {e})")
-        cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        if num_envs > (most := workers or cores):
+        if num_envs > (most := workers or cores()):
             print(f"robotwin-{name}: {most} environments side by side, one a core, instead of {num_envs}", file=sys.stderr, flush=True)
         self.words, self.known, self.visited = (module, task_config, instructions or ("seen" if name != task else "unseen")), bool(seeds), {}
         super().__init__(Suite(f"robotwin-{name}", [task.replace("-", " ")], {k: list(v) for k, v in splits.items()}, max_steps or LIMITS[task][name != task],

@@ -4,6 +4,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 
+def cores():
+    """How many simulators run side by side: one a core, torchrun's processes share them."""
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return max(1, len(mine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 class Worker:
     """A process.  It gets the number of its end of a pipe, then `words`; its log is what it prints to stderr."""
 

@@ -11,6 +11,12 @@ from importlib.metadata import version
 from tqdm import tqdm
 from jobs import ROOT, SIMULATORS, TABLES, make_jobs, say
 
+PINS = hasattr(os, "sched_setaffinity")                  # Linux does, macOS does not
+
+
+def cores():
+    return sorted(os.sched_getaffinity(0)) if PINS else list(range(os.cpu_count()))
+
 
 def record(results, name, **row):
     """Writes to the row of a run in runs.csv, where every run's origin is."""
@@ -27,7 +33,8 @@ def record(results, name, **row):
 
 def run(jobs, todo, results, slots, gpus, lock):
     """Runs the jobs named in `todo`, `slots` at a time.  Each one's error is left in it."""
-    threads = str(max(1, len(os.sched_getaffinity(0)) // slots))
+    shares = [set(cores()[k::slots] or cores()) for k in range(slots)]                   # a simulator has one environment a core: of its job's share
+    threads = str(max(1, len(cores()) // slots))
     base = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     card = say("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[:1] if shutil.which("nvidia-smi") else []
     origin = dict(machine=", ".join([f"{os.cpu_count()} cores", platform.machine(), *card]),
@@ -47,7 +54,7 @@ def run(jobs, todo, results, slots, gpus, lock):
 
     def follow(name):
         """The next command of a job, if there is one."""
-        job, (steps, process, began, gpu) = jobs[name], running[name]
+        job, (steps, process, began, gpu, slot) = jobs[name], running[name]
         if process:
             job.keep(seconds=job.note("job.json")["seconds"] + time.time() - began)
             if process.returncode:
@@ -58,8 +65,8 @@ def run(jobs, todo, results, slots, gpus, lock):
             return running.pop(name) and close(name)
         with open(job.folder / "stdout.txt", "a") as stdout, open(job.folder / "stderr.txt", "w") as stderr:
             process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=stdout, stderr=stderr, pass_fds=[lock.fileno()],
-                                       env=base | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else {}))
-        running[name] = [steps, process, time.time(), gpu]
+                                       preexec_fn=lambda: PINS and os.sched_setaffinity(0, shares[slot]), env=base | (dict(CUDA_VISIBLE_DEVICES=gpu) if gpu else {}))
+        running[name] = [steps, process, time.time(), gpu, slot]
     try:
         while todo or running:
             for name in [k for k, r in running.items() if r[1].poll() is not None]:
@@ -71,8 +78,9 @@ def run(jobs, todo, results, slots, gpus, lock):
                 elif len(running) == slots or any(k in todo or k in running for k in jobs[name].needs):
                     continue
                 else:
-                    used = [r[3] for r in running.values()]
-                    running[name] = [jobs[name].steps(jobs[name].fingerprint(jobs)), None, 0, min(gpus, key=used.count) if gpus else ""]
+                    *_, used, taken = zip(*running.values()) if running else ([], [])
+                    slot = min(set(range(slots)) - set(taken))
+                    running[name] = [jobs[name].steps(jobs[name].fingerprint(jobs)), None, 0, min(gpus, key=used.count) if gpus else "", slot]
                     follow(name)
                 todo.remove(name)
             left = sum(jobs[k].seconds for k in todo) + sum(jobs[k].seconds * (1 - jobs[k].progress()) for k in running)
@@ -81,7 +89,7 @@ def run(jobs, todo, results, slots, gpus, lock):
             time.sleep(.2)
     finally:
         bar.close()
-        for name, (_, process, began, _) in running.items():
+        for name, (_, process, began, *_) in running.items():
             process.terminate()
             process.wait()
             jobs[name].keep(seconds=jobs[name].note("job.json")["seconds"] + time.time() - began)
@@ -128,7 +136,7 @@ def main():
         sys.exit("another ./benchmark.sh is running here")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run(jobs, list(todo), results, args.jobs or len(args.gpus) or (1 if simulator else len(os.sched_getaffinity(0))), args.gpus, lock)
+        run(jobs, list(todo), results, args.jobs or len(args.gpus) or (1 if simulator else len(cores())), args.gpus, lock)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: the same command goes on from here")
     wrote = subprocess.run([sys.executable, ROOT / "results" / "report.py", results]).returncode

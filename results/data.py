@@ -192,12 +192,12 @@ def pairs(a, b, suites, split="eval"):
     return counts
 
 
-def differ(a, b, n, pairs=None):
-    """Two-sided p value of a difference of mean success, n episodes a seed, by the larger of two variances: of the episodes (McNemar's test where the pairs on
-    the same initial states are known), of the seeds (few: Student's t)."""
+def differ(a, b, n, pairs=None, margin=0.):
+    """Two-sided p value of a difference of mean success (from -margin), n episodes a seed, by the larger of two variances: of the episodes (McNemar's test
+    where the pairs on the same initial states are known), of the seeds (few: Student's t)."""
     p = (a.sum() + b.sum()) / (len(a) + len(b))
     episodes, seeds = p * (1 - p) * (1 / (n * len(a)) + 1 / (n * len(b))), sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0 for x in (a, b))
-    t, freedom = abs(a.mean() - b.mean()) / max(math.sqrt(max(episodes, seeds)), 1e-9), len(a) + len(b) - 2
+    t, freedom = abs(a.mean() + margin - b.mean()) / max(math.sqrt(max(episodes, seeds)), 1e-9), len(a) + len(b) - 2
     if episodes >= seeds:
         return mcnemar(*pairs) if pairs else math.erfc(t / math.sqrt(2))
     x = np.linspace(0, t, 10001)                         # the density of Student's t, by the trapezoid rule

@@ -44,7 +44,7 @@ def compare(text, a, b, suites, split="eval", margin=0.):
     """a is above b; with a margin: a is not below b by more, one-sided."""
     (x, n), (y, m), both = ends(a, suites, split), ends(b, suites, split), None if margin else pairs(a, b, suites, split)
     if len(x) and len(y):
-        p = differ(x + margin, y, min(n, m), both) / (2 if margin else 1)
+        p = differ(x, y, min(n, m), both, margin) / (2 if margin else 1)
         claim(text, f"at most {100 * margin:.0f} lower" if margin else "higher",
               f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {chance(p)}{', paired' if both else ''}; seeds {len(x)}, {len(y)}",
               None if p >= .05 else bool(x.mean() + margin > y.mean()))

@@ -1,6 +1,7 @@
 """The benchmark's runner, with stand-ins for the scripts: they write what the real ones write, at once."""
 import csv
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT / "results"))
 import jobs
 
 SCRIPT = '''
-import sys, time
+import os, sys, time
 from pathlib import Path
 words, name = sys.argv[1:], Path(__file__).stem
 flag = dict(zip(words, words[1:]))
@@ -33,6 +34,7 @@ if name == "evaluate":
     (folder / "episodes.csv").write_text("mode,task,instruction,init_state,success,grasped,steps\\n" + "".join(
         f"{mode},{task},put it there,{400 + i},1,{int(i > 0)},9\\n" for mode in ("greedy", "sampled") for task in (0, 1) for i in range(3)))
     sys.exit()
+(folder / "cores").write_text(" ".join(map(str, os.sched_getaffinity(0))))
 saved = folder / "checkpoint" / "step"
 assert saved.exists() == ("--resume" in words), "resume"
 first = int(saved.read_text()) if saved.exists() else 0
@@ -98,6 +100,13 @@ def test_finished_is_not_run_again_and_changed_is(repo):
     with (root / "algos" / "vla_opd.py").open("a") as f:
         f.write("more = 1\n")
     assert len(trainings(call("opd-fig5 --seeds 1")[3])) == 3
+
+
+def test_jobs_side_by_side_share_the_cores(repo):
+    root, call = repo
+    all_, _ = os.sched_getaffinity(0), call("opd-fig5 --seeds 1 --jobs 2")
+    seen = {frozenset(map(int, path.read_text().split())) for path in root.glob("runs/bench/*/cores")}
+    assert set().union(*seen) == all_ and len(seen) == min(2, len(all_)) and sum(map(len, seen)) == len(all_)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

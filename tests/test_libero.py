@@ -191,6 +191,23 @@ def test_without_a_hub():
         envs.checkpoint("libero-long", "teacher")
 
 
+@pytest.mark.parametrize("has,own,asked", [(["bridge_orig"], False, "moojink/openvla-7b-oft-finetuned-libero-10"), (None, True, ""), (["libero_10_no_noops"], False, "")])
+def test_action_statistics_are_found(tmp_path, monkeypatch, has, own, asked):
+    """In the checkpoint's config, in a file of its own, or in OpenVLA-OFT's, which is put beside."""
+    def download(repo, name, local_dir=tmp_path / "snapshot"):
+        wanted.append((repo, name))
+        if name != "config.json" and local_dir == tmp_path / "snapshot" and not own and "moojink" not in repo:
+            raise libero.EntryNotFoundError("no")
+        (local_dir / name).parent.mkdir(exist_ok=True)
+        (local_dir / name).write_text(json.dumps(dict(norm_stats=dict.fromkeys(has)) if has else {}) if name == "config.json" else repo)
+        return str(local_dir / name)
+    wanted, found = [], tmp_path / "snapshot" / "dataset_statistics.json"
+    monkeypatch.setattr(libero, "hf_hub_download", download)
+    assert libero.checkpoint("libero-long-nomsaa", "student") == "Haozhan72/Openvla-oft-SFT-libero10-traj1"
+    assert (found.read_text() if found.exists() else "") == (asked or "Haozhan72/Openvla-oft-SFT-libero10-traj1" * own)
+    assert (asked, "dataset_statistics.json") in wanted or not asked and not any("moojink" in repo for repo, _ in wanted)
+
+
 @simulated
 def test_without_meshes(tmp_path):
     with pytest.raises(SystemExit, match="meshes are not in .*hf download lerobot/libero-assets.*LIBERO_ASSETS"):

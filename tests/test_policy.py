@@ -245,7 +245,7 @@ def test_tokens_and_actions_are_inverse(stats, tiny):
         assert tokens_of(model, np.full((1, 2, 3), 7.)).eq(0).all() and tokens_of(model, np.full((1, 2, 3), -7.)).eq(255).all()
     else:
         model.config["unnorm_key"] = "nowhere"
-        with pytest.raises(SystemExit, match="toy_no_noops"):
+        with pytest.raises(SystemExit, match="toy_no_noops.*'nowhere_no_noops': set unnorm_key .* dataset_statistics.json"):
             model.actions(tokens)
 
 
@@ -290,7 +290,14 @@ def test_lora(tmp_path, decoding, tiny):
         assert worst(back.score(images, texts, tokens), model.score(images, texts, tokens)) == 0
         assert worst(back.score(images, texts, tokens), base.score(images, texts, tokens)) > 1e-2
     assert {n for n, p in back.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
-    peft = pytest.importorskip("peft")                   # others can load it
+    peft = pytest.importorskip("peft")                   # others' are trained on, and others can load ours
+    peft.get_peft_model(VLA.load(tmp_path / "base"), peft.LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["inference_mode"]
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text()) | dict(base_model_name_or_path=str(tmp_path / "base"))
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config))
+    for trainable in (True, False):
+        found = [n for n, p in VLA.load(tmp_path / "theirs", trainable=trainable).named_parameters() if p.requires_grad]
+        assert len(found) == trainable * sum(p.requires_grad for p in model.parameters())
     theirs = peft.PeftModel.from_pretrained(VLA.load(tmp_path / "base"), tmp_path / "adapter")
     with torch.no_grad():
         assert worst(theirs.base_model.model.score(images, texts, tokens), model.score(images, texts, tokens)) < 1e-5
@@ -360,7 +367,7 @@ def test_student_and_teacher_must_match(tiny):
     model = tiny(norm_stats=STATS)
     must_match(model, tiny(norm_stats=STATS, width=48))
     for what, kw in dict(chunk=dict(chunk=1), action_dim=dict(action_dim=4, norm_stats={}), parallel=dict(decoding="autoregressive"),
-                         image=dict(image=64), ranges=dict(norm_stats={})).items():
+                         image=dict(image=64), ranges=dict(norm_stats={}), prompt=dict(prompt="Q: {instruction}")).items():
         with pytest.raises(SystemExit, match=f"differ in.* {what}:"):
             must_match(model, tiny(**{**dict(norm_stats=STATS), **kw}))
 

@@ -121,6 +121,11 @@ def test_seeds_that_agree_count_by_their_episodes():
     assert data.differ(a, b, 200, (2, 10)) == data.mcnemar(2, 10)
 
 
+def test_a_margin_shifts_the_difference_and_not_its_variance():
+    assert data.differ(np.full(3, .93), np.full(1, .955), 200, margin=.05) == pytest.approx(.21, abs=.005)     # z = .025 / sqrt(.9363 * .0637 * 4 / 600)
+    assert 0 < data.differ(np.array([.98]), np.array([.98]), 50, margin=.05) < .1        # one seed each, near the ceiling
+
+
 def test_mcnemar_counts_coins():
     for n, k in ((12, 2), (7, 0), (6, 3), (1, 0)):       # all ways to fall that are as uneven, or more
         uneven = sum(abs(sum(coins) - n / 2) >= abs(k - n / 2) for coins in itertools.product((0, 1), repeat=n)) / 2 ** n

@@ -230,6 +230,11 @@ def test_missing_reference_says_how_to_make_it(tmp_path, monkeypatch):
     ppo.main(tyro.cli(ppo.Args, args=[*words, "--num-iterations=1", "--num-episodes=4", "--num-envs=10", "--eval-episodes-per-task=1", "--device=cpu",
                                       "--updates-per-rollout=1", f"--student={critics.checkpoint(tmp_path, seed=1)}"]))
     assert float(critics.rows(critics.play(road_vla, tmp_path, "run", seed=3, num_iterations=1))[0]["charts/reference_env_steps"]) == 16
+    small.model(image=32).save(tmp_path / "student32")
+    with pytest.raises(SystemExit, match="sees 64 pixels, the student 32: .*from this student"):
+        critics.play(road_vla, tmp_path, "smaller", seed=3, student=str(tmp_path / "student32"))
+    with pytest.raises(SystemExit, match="ppo.py --env tabletop-object --student mine --seed 5"):
+        critics.play(road_vla, tmp_path, "other", seed=5, student="mine")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="no run of ppo.py"):
         critics.play(road_vla, tmp_path, "other", reference=str(tmp_path / "empty"))

@@ -119,6 +119,20 @@ def test_learns(tmp_path, monkeypatch, decoding):
     assert 10 * 8 < len(image) == len(target) < 10 * 64  # one demonstration of each of the ten tasks
 
 
+def test_micro_batches_are_the_batch(tmp_path, monkeypatch):
+    for size in (7, 64):
+        train(tmp_path, monkeypatch, f"run-{size}", num_iterations=1, batch_size=64, micro_batch_size=size)
+    a, b = (load_file(tmp_path / f"run-{size}" / "checkpoint" / "optimizer.safetensors") for size in (7, 64))
+    assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= 1e-3 * b[k].abs().max() + 1e-7 for k in a)
+    one, two = (list(csv.DictReader(open(tmp_path / f"run-{size}" / "metrics.csv")))[-1] for size in (7, 64))
+    assert all(abs(float(one[k]) - float(two[k])) < 1e-3 for k in ("losses/policy_loss", "losses/within_10_bins"))
+
+
+def test_another_robot_needs_all_weights(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="has 7 action dimensions, tabletop-two-arm 14: .*without --lora-rank"):
+        train(tmp_path, monkeypatch, "run", env="tabletop-two-arm", lora_rank=2)
+
+
 @pytest.mark.parametrize("rate", [0., 1.])
 def test_tower_rate(tmp_path, monkeypatch, rate):
     train(tmp_path, monkeypatch, "run", num_iterations=1, tower_rate=rate)

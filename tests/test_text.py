@@ -78,3 +78,9 @@ def test_a_run(kind, tmp_path):
         args.resume, args.num_iterations = True, 3
         with pytest.raises(SystemExit, match="memory"):
             text.main(args)
+
+
+def test_one_memory_needs_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "setup", lambda args: (0, 2, torch.device("cpu")))
+    with pytest.raises(SystemExit, match="one memory.*without torchrun"):
+        text.main(text.Args(student=small.checkpoints(tmp_path)["student"], run_dir=str(tmp_path / "run"), num_episodes=4, privileged_info="mcts", **small.RUN))
