@@ -120,12 +120,14 @@ def draw():
         figure.suptitle(suite, fontsize=8)
         save(figure, f"{suite}.png")
     if runs := data.others():
-        figure, axes = panels(1, len(runs), 2.5, sharey=True)
-        for axis, (name, rows) in zip(axes[0], runs.items()):
+        figure, axes = panels(-(-len(runs) // 3), min(3, len(runs)), 2.1, sharey=True)
+        [axis.axis("off") for axis in axes.flat[len(runs):]]
+        for axis, (name, rows) in zip(axes.flat, runs.items()):
             played = [(r["step"], r["charts/success_rate"]) for r in rows if "charts/success_rate" in r]
             axis.plot(*zip(*played), color="#0072b2", lw=1.3, label="training rollouts, sampled")
             x, y, low, high = np.array([(r["step"], *(r[f"charts/eval_{k}"] for k in ("success", "low", "high"))) for r in rows if "charts/eval_success" in r]).T
             axis.errorbar(x, y, [y - low, high - y], color="#d55e00", lw=1.3, marker="o", ms=4, capsize=3, label="greedy, Wilson's 95 %")
-            axis.set(xlabel=ITERATION, ylabel="success" if axis is axes[0][0] else "", ylim=(0, 1))
+            axis.set(xlabel=ITERATION, ylabel="success" if axis in axes[:, 0] else "", ylim=(0, 1))
+            axis.locator_params(axis="x", integer=True)
             axis.set_title(re.sub("(.{18}[^-]*)-", r"\1\n-", name), fontsize=6)
         save(figure, "simulators.png")
