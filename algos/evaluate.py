@@ -313,12 +313,10 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
 def all_sum(x, world):
-    """The sum over all processes."""
-    world > 1 and dist.all_reduce(x)
+    world > 1 and dist.all_reduce(x)                 # the sum over all processes
     return x
 
-def wilson(success, z=1.96):
-    """Wilson's 95 % interval of a success rate."""
+def wilson(success, z=1.96):                         # 95 % interval of a success rate
     n, p = success.size, success.mean()
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0., min(p, (centre - half) / (1 + z * z / n))), min(1., max(p, (centre + half) / (1 + z * z / n)))
@@ -327,7 +325,8 @@ def wilson(success, z=1.96):
 def setup(args):
     """One process, or one of torchrun's."""
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    if wrong := [k for k in ("num_envs", "micro_batch_size", "query_batch_size", "temperature", "eval_every") if getattr(args, k, 1) <= 0]:
+    positive = "num_envs num_iterations micro_batch_size query_batch_size temperature learning_rate max_grad_norm group_size demos_per_task eval_every"
+    if wrong := [k for k in f"{positive} eval_episodes_per_task episodes_per_task".split() if getattr(args, k, 1) <= 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} must be positive")
     if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU here that torch can use; try --device cpu")

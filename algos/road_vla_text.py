@@ -344,12 +344,10 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
 def all_sum(x, world):
-    """The sum over all processes."""
-    world > 1 and dist.all_reduce(x)
+    world > 1 and dist.all_reduce(x)                 # the sum over all processes
     return x
 
-def wilson(success, z=1.96):
-    """Wilson's 95 % interval of a success rate."""
+def wilson(success, z=1.96):                         # 95 % interval of a success rate
     n, p = success.size, success.mean()
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0., min(p, (centre - half) / (1 + z * z / n))), min(1., max(p, (centre + half) / (1 + z * z / n)))
@@ -360,8 +358,7 @@ class Run:
     def __init__(self, args, name, rank):
         self.dir, self.rows = Path(args.run_dir or f"runs/{args.env}-{name}-{args.seed}"), []
         self.checkpoint, self.old = self.dir / "checkpoint", self.dir / "checkpoint.old"
-        if self.old.exists() and not self.checkpoint.exists() and rank == 0:     # killed between the two renames of save()
-            self.old.rename(self.checkpoint)
+        rank == 0 and self.old.exists() and not self.checkpoint.exists() and self.old.rename(self.checkpoint)     # killed between the two renames of save()
         dist.is_initialized() and dist.barrier()
         if args.resume != self.checkpoint.exists():
             sys.exit(f"nothing to resume: {self.checkpoint} does not exist; start without --resume" if args.resume else
@@ -369,6 +366,9 @@ class Run:
         if rank > 0:
             self.log = self.save = self.finish = lambda *words: None
             return
+        free = "resume run_dir num_iterations device track compile capture_video eval_every eval_episodes_per_task micro_batch_size query_batch_size".split()
+        if args.resume and (was := {k: v for k, v in json.loads((self.dir / "args.json").read_text()).items() if k not in free and asdict(args).get(k) != v}):
+            sys.exit(f"{self.dir} was started with {', '.join(f'{k} = {v!r}' for k, v in was.items())}: resume it so, or choose another --run-dir")
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
         if args.track:
@@ -420,8 +420,7 @@ class Run:
         x, y, low, high = np.array([(r["step"], *(r[f"charts/eval_{k}"] for k in ("success", "low", "high"))) for r in self.rows if "charts/eval_success" in r]).T
         axis.errorbar(x, y, [y - low, high - y], color="#d55e00", marker="o", capsize=3, label="evaluation, 95 %")
         axis.set(xlabel="iteration", ylabel="success rate", ylim=(0, 1), title=title)
-        axis.legend(frameon=False)
-        figure.savefig(self.dir / "curve.png", dpi=150)
+        axis.legend(frameon=False), figure.savefig(self.dir / "curve.png", dpi=150)
         for when, i in (("before", 0), ("after", -1)):
             print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
@@ -430,7 +429,8 @@ class Run:
 def setup(args):
     """One process, or one of torchrun's."""
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    if wrong := [k for k in ("num_envs", "micro_batch_size", "query_batch_size", "temperature", "eval_every") if getattr(args, k, 1) <= 0]:
+    positive = "num_envs num_iterations micro_batch_size query_batch_size temperature learning_rate max_grad_norm group_size demos_per_task eval_every"
+    if wrong := [k for k in f"{positive} eval_episodes_per_task episodes_per_task".split() if getattr(args, k, 1) <= 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} must be positive")
     if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU here that torch can use; try --device cpu")

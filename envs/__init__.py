@@ -1,15 +1,16 @@
 """envs.make(env_id, ...) -> one gymnasium vector environment for every suite.  This docstring is the contract; an adapter is one file beside this one.
 
-To add a simulator, write `class MyEnv(SimulatorEnv)` and add its names to SUITES below.  Its constructor calls
+To add a simulator, write `class MyEnv(SimulatorEnv)` and add its names to SUITES below.  Its constructor gets the name behind the dash, num_envs, seed, and calls
     super().__init__(Suite(name, tasks, splits, max_steps, action_dim, chunk, image), num_envs, seed)
-      tasks    the instructions, one a task
+      name     the whole one; tasks: the instructions, one a task
       splits   {"train": [...], "eval": [...]} initial states (integers), disjoint; shifted suites have an "ood" split as well, with scenes of its own
 and it has these methods, over all environments at once, where `live` is a boolean mask of those that count:
     _reset(i, task, init_state, split)   put environment i into that state, return its instruction; the same arguments always give the same state
     _step(action [N, dim], live)         one step of the live ones; returns where the goal holds now, [N] bool
     _render(live)                        pictures of the live ones, uint8 [live.sum(), H, W, 3]
-    _grasped()                           who holds the right object now, [N] bool
-    expert_action(), describe()          (optional) the privileged expert's next action, [N, dim]; the state that road_vla_text.py puts into words
+    _grasped()                           who holds the right object now, [N] bool; with nothing to hold, where the goal holds (fixed_horizon below pays for both)
+    expert_action()                      (optional) the privileged expert's next action, [N, dim]
+    describe(), keypoints()              (optional) the state that road_vla_text.py puts into words; what is where in the picture, for sft.py --pretrain-tower
 What users get (gymnasium's VectorEnv conventions):
     obs, info = env.reset(seed=..., options=dict(task=[...], init_state=[...], split="train", mask=[...]))
         task and init_state: integers, one an environment (drawn from the seed if absent); mask: restart only these
@@ -24,9 +25,7 @@ What users get (gymnasium's VectorEnv conventions):
 import importlib, os, re, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
-
-import gymnasium
-import numpy as np
+import gymnasium, numpy as np
 
 TABLETOP = ("spatial", "object", "goal", "long", "unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose",
             "repositioning", "two-arm")
@@ -114,10 +113,11 @@ def checkpoint(env_id, role):
     """The suite's own student or teacher: a hub id, or a folder shipped with the repository, or made now by sft.py."""
     if env_id.startswith("libero"):
         return importlib.import_module("envs.libero").checkpoint(env_id, role)
-    if not env_id.startswith("tabletop"):
-        raise SystemExit(f"{env_id} has no default {role}: name a folder or a hub id" + f" (python algos/sft.py --env {env_id} makes one)" * env_id.startswith("maniskill-"))
-    root, name = Path(__file__).resolve().parents[1], f"{env_id}-{role}"
-    folder, command = root / "checkpoints" / name, [sys.executable, str(root / "algos" / "sft.py"), "--make", name]
+    name, sft = f"{env_id}-{role}", Path(__file__).resolve().parents[1] / "algos" / "sft.py"
+    folder, command = sft.parents[1] / "checkpoints" / name, [sys.executable, str(sft), "--make", name]
+    if not env_id.startswith("tabletop") or not folder.exists() and not sft.exists():
+        made = f" (where there is a scripted expert, `python algos/sft.py --env {env_id}` makes one)" * (not env_id.startswith(("rl4vla", "robotwin", "maniskill:")))
+        raise SystemExit(f"{env_id} has no default {role} here: name a folder or a hub id with --{role}{made}")
     if not (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
         print(f"{folder} is missing; making it, in minutes (its base, if missing too, takes an hour): {' '.join(command)}", flush=True)
         subprocess.run(command, check=True, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")})

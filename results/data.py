@@ -12,6 +12,7 @@ from jobs import SIMULATORS
 FOLDER, used = Path(__file__).resolve().parent, set()    # the folder in use; the runs read since it was cleared
 SUITES = ("spatial", "object", "goal", "long")
 SHIFTS = ("unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose", "repositioning")
+MINIATURE = "libero-object-nomsaa"                        # where the README's distillation on LIBERO runs
 PHASES = ("rollout", "teacher", "reference", "advantages", "update", "demos")
 # Label, colour (Okabe and Ito's, told apart by colour-blind readers as well), line.
 STYLE = {

@@ -61,6 +61,15 @@ def grid_of(name, algorithms, suites, columns, legend=4):
     save(figure, name, legend)
 
 
+def learning(axis, rows):
+    """One run on a simulator: rollouts, and the evaluations with their intervals."""
+    axis.plot(*curve(rows, "charts/success_rate", "iteration"), color="#0072b2", lw=1.3, label="training rollouts, sampled")
+    x, y, low, high = np.array([(r["step"], *(r[f"charts/eval_{k}"] for k in ("success", "low", "high"))) for r in rows if "charts/eval_success" in r]).T
+    axis.errorbar(x, y, [y - low, high - y], color="#d55e00", lw=1.3, marker="o", ms=4, capsize=3, label="greedy, Wilson's 95 %")
+    axis.set(xlabel=ITERATION, ylim=(0, 1))
+    axis.locator_params(axis="x", integer=True)
+
+
 def draw():
     eval_ = "charts/eval_success"
     grid_of("algorithms.png", ("grpo", "ppo", "road", "opd-exact", "opd-sampled", "opd-g2", "dagger-fkl", "dagger-ce"), ["object"],
@@ -119,15 +128,19 @@ def draw():
             key.startswith("charts") and axis.set_ylim(0, 1)
         figure.suptitle(suite, fontsize=8)
         save(figure, f"{suite}.png")
+    for rows in read(data.MINIATURE, "opd-forgot").values():
+        figure, ((left, right),) = panels(1, 2, 2.2, sharex=True)
+        learning(left, rows)
+        for teacher in read(data.MINIATURE, "teacher-policy-demos").values():
+            left.axhline(teacher[-1]["charts/eval_success"], color="#999999", ls=":", label="teacher, greedy")
+        right.plot(*curve(rows, "losses/reverse_kl_exact", "iteration"), color="#d55e00", lw=1.3)
+        left.set(ylabel="success", title=data.MINIATURE), right.set(xlabel=ITERATION, ylabel="KL(student || teacher), nats", ylim=(0, None))
+        save(figure, "libero.png")
     if runs := data.others():
         figure, axes = panels(-(-len(runs) // 3), min(3, len(runs)), 2.1, sharey=True)
         [axis.axis("off") for axis in axes.flat[len(runs):]]
         for axis, (name, rows) in zip(axes.flat, runs.items()):
-            played = [(r["step"], r["charts/success_rate"]) for r in rows if "charts/success_rate" in r]
-            axis.plot(*zip(*played), color="#0072b2", lw=1.3, label="training rollouts, sampled")
-            x, y, low, high = np.array([(r["step"], *(r[f"charts/eval_{k}"] for k in ("success", "low", "high"))) for r in rows if "charts/eval_success" in r]).T
-            axis.errorbar(x, y, [y - low, high - y], color="#d55e00", lw=1.3, marker="o", ms=4, capsize=3, label="greedy, Wilson's 95 %")
-            axis.set(xlabel=ITERATION, ylabel="success" if axis in axes[:, 0] else "", ylim=(0, 1))
-            axis.locator_params(axis="x", integer=True)
+            learning(axis, rows)
+            axis.set_ylabel("success" if axis in axes[:, 0] else "")
             axis.set_title(re.sub("(.{18}[^-]*)-", r"\1\n-", name), fontsize=6)
         save(figure, "simulators.png")

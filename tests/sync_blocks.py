@@ -1,5 +1,6 @@
 """The blocks that the scripts of algos/ share are copies.  vla_opd.py holds the original of each (ppo.py of what
-critics need); this writes it into the others.
+critics need); this writes it into the others, over what
+was changed there.
 
     python tests/sync_blocks.py            # after a change of vla_opd.py
     python tests/sync_blocks.py --check    # exit 1 where a copy differs
@@ -21,7 +22,7 @@ def main(check):
             stale.append(f"{path.name}: neither vla_opd.py nor ppo.py has a block {sorted(unknown)}")
         new = BLOCK.sub(lambda m: m[1] + original.get(m[2], m[3]) + m[4], text)
         if new != text:
-            stale.append(f"{path.name}: differs from vla_opd.py")
+            stale.append(f"{path.name}: {'differs from' if check else 'rewritten from'} vla_opd.py")
             if not check:
                 path.write_text(new)
     return stale

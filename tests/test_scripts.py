@@ -167,6 +167,20 @@ def test_killed_and_resumed(tmp_path):
     same_weights(straight, resumed)
 
 
+def test_resume_refuses_other_flags(tmp_path, monkeypatch):
+    """And leaves the run as it was; what changes no result may change."""
+    [monkeypatch.setattr(module, "evaluate", small.no_evaluation) for module in (vla_opd, grpo)]
+    run = opd(tmp_path, "run", num_iterations=1)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for other, words in ((lambda: opd(tmp_path, "run", learning_rate=1., resume=True), "started with learning_rate = 0.0005: resume it so"),
+                         (lambda: opd(tmp_path, "run", env="tabletop-goal", resume=True), "env = 'tabletop-object'"),
+                         (lambda: train("grpo", tmp_path, "run", resume=True), "estimator = 'exact'")):
+        with pytest.raises(SystemExit, match=words):
+            other()
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    opd(tmp_path, "run", num_iterations=2, eval_every=1, micro_batch_size=7, resume=True)
+
+
 @pytest.mark.parametrize("left", ["checkpoint.old", "checkpoint.tmp"])
 def test_killed_while_saving(tmp_path, monkeypatch, left):
     """Whatever step of save() it died at: the leftovers do not matter."""
@@ -253,6 +267,9 @@ def test_one_sentence(tmp_path, monkeypatch, module, flags, words):
     (dict(resume=True), ("nothing to resume", "--resume")),
     (dict(temperature=0.), ("--temperature",)),
     (dict(num_envs=0), ("--num-envs",)),
+    (dict(num_iterations=0), ("--num-iterations",)),
+    (dict(max_grad_norm=-1.), ("--max-grad-norm",)),
+    (dict(eval_episodes_per_task=0), ("--eval-episodes-per-task",)),
     (dict(micro_batch_size=0), ("--micro-batch-size",))], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_one_sentence_opd(tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(vla_opd, "evaluate", small.no_evaluation)
