@@ -432,7 +432,7 @@ class Run:
 def setup(args):
     """One process, or one of torchrun's."""
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    positive = "num_envs num_iterations micro_batch_size query_batch_size temperature learning_rate max_grad_norm group_size demos_per_task eval_every"
+    positive = "num_envs num_iterations micro_batch_size query_batch_size temperature max_grad_norm group_size demos_per_task eval_every"
     if wrong := [k for k in f"{positive} eval_episodes_per_task episodes_per_task".split() if getattr(args, k, 1) <= 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} must be positive")
     if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
