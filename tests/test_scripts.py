@@ -18,6 +18,9 @@ import dagger_forward_kl
 import dagger_hard_ce
 import evaluate
 import grpo
+import ppo
+import road_vla
+import road_vla_text
 import sft
 import small
 import vla_opd
@@ -123,6 +126,27 @@ def test_torchrun(tmp_path):
     assert {*METRICS.split(), *DISTILS.split()} <= set(row) and float(row["charts/env_steps"]) == 4 * 64 and float(row["charts/queries"]) == 4 * 16
     assert 4 < float(row["losses/entropy"]) <= np.log(256) + 1e-4
     vla_opd.VLA.load(tmp_path / "run" / "checkpoint")
+
+
+def test_two_arms(tmp_path, monkeypatch):
+    """14 dimensions, chunk x 14 tokens, through every script."""
+    small.shorten(monkeypatch)
+    roles = {role: small.model(seed=seed, action_dim=14).save(tmp_path / role) or str(tmp_path / role) for seed, role in enumerate(("student", "teacher"))}
+    given = dict(small.RUN, env="tabletop-two-arm", num_envs=12, num_iterations=1)
+    critic = dict(given, student=roles["student"], num_episodes=6)
+    runs = [(script.module, {**script.flags, **given, **{role: roles[role] for role in script.roles}}) for script in SCRIPTS.values()]
+    runs += [(ppo, critic), (road_vla, dict(critic, reference=str(tmp_path / "ppo"))), (road_vla_text, dict(critic, privileged_info="rel-spatial"))]
+    runs += [(sft, dict({k: v for k, v in given.items() if k != "updates_per_rollout"}, student=roles["student"], batch_size=32))]
+    for module, kw in runs:
+        run, played = tmp_path / module.__name__, []
+        with pytest.MonkeyPatch.context() as patch:
+            act = module.VLA.act
+            patch.setattr(module.VLA, "act", lambda *a: played.append(act(*a)) or played[-1])
+            module.main(module.Args(**kw, run_dir=str(run)))
+        assert {p[0].shape[1] for p in played} == {4 * 14} and json.loads((run / "checkpoint/config.json").read_text())["action_dim"] == 14, module
+        assert all(np.isfinite(float(v)) for v in rows(run)[-1].values() if v), module
+    evaluate.main(evaluate.Args(env="tabletop-two-arm", checkpoint=str(run / "checkpoint"), episodes_per_task=1, num_envs=12, device="cpu", run_dir=str(tmp_path / "ev")))
+    assert len(list(csv.DictReader(open(tmp_path / "ev" / "episodes.csv")))) == 2 * 10
 
 
 # ----------------------------------------------------------------------------------------------------- stopping, going on
