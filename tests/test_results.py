@@ -87,12 +87,13 @@ def test_other_simulators_are_listed(tmp_path, monkeypatch):
 
 
 def test_the_readme_quotes_the_run_on_libero():
-    rows, name = data.parse(RESULTS / "libero-object-nomsaa-150-tasks13479-opd-forgot-1.csv"), "libero-object-nomsaa-150-tasks13479-teacher-1.csv"
-    greedy, sampled = ([r[k] for r in rows if k in r] for k in ("charts/eval_success", "charts/success_rate"))
-    *_, teacher = data.parse(RESULTS / name)
-    said = (f"greedy success rose from {100 * greedy[0]:.0f} to {100 * greedy[-1]:.0f} % of {data.size(rows[0])} episodes, sampled success from "
-            f"{100 * sampled[0]:.0f} to {100 * sampled[-1]:.0f} % of {rows[1]['charts/episodes']:.0f}; the teacher has {100 * teacher['charts/eval_success']:.0f} %")
-    assert said in " ".join((RESULTS.parent / "README.md").read_text().split())
+    (rows,), (teacher,) = (data.read(data.MINIATURE, k).values() for k in ("opd-forgot", "teacher-policy-demos"))
+    greedy, sampled = ([f"{100 * r[k]:.0f}" for r in rows if k in r] for k in ("charts/eval_success", "charts/success_rate"))
+    said = (f"In {rows[-1]['step']:.0f} iterations greedy success rose from {greedy[0]} to {greedy[-1]} % of {data.size(rows[0])} episodes, sampled success from {sampled[0]} "
+            f"to {sampled[-1]} % of {rows[1]['charts/episodes']:.0f}; the teacher has {100 * teacher[-1]['charts/eval_success']:.0f} %")
+    readme = (RESULTS.parent / "README.md").read_text()
+    assert said in " ".join(readme.split()), said
+    assert f"--run-dir runs/libero-opd                # {data.spent(rows)[1]:.0f}\n" in readme
 
 
 def test_ppo_and_road_on_another_simulator(tmp_path, monkeypatch):
