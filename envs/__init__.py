@@ -18,7 +18,7 @@ What users get (gymnasium's VectorEnv conventions):
         obs["image"] uint8 [N, H, W, 3], obs["instruction"] N strings.  The chunk is executed inside, open loop; it stops where the episode ends, and
         info["steps"] says how many environment steps ran.  One picture is drawn, after the last one.  A finished episode is inert: its picture
         stays, its steps are 0 and its reward too, until it is reset.  reward: 1 in the step that succeeds.
-        info: success and grasped (at any time so far), steps, each [N].
+        info: success, grasped, kept (grasped for 5 steps in a row), all at any time so far, and steps, each [N].
     env.fixed_horizon = True    RL4VLA's training: success does not end the episode, and the reward is the change, since the chunk before, of
         0.1 (grasped so far) + 0.1 (held for 5 steps in a row so far) + 1 (the goal holds now, and grasped so far)
 """
@@ -106,7 +106,7 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
         return dict(image=self.image.copy(), instruction=tuple(self.instruction))
 
     def _info(self, steps):
-        return dict(success=self.succeeded.copy(), grasped=self.grasped.copy(), steps=steps)
+        return dict(success=self.succeeded.copy(), grasped=self.grasped.copy(), kept=self.kept.copy(), steps=steps)
 
 
 def checkpoint(env_id, role):

@@ -51,7 +51,7 @@ def test_spaces(env_id):
         assert set(o) == {"image", "instruction"} and o["image"].dtype == np.uint8 and env.observation_space.contains(o)
         assert all(type(t) is str and t in env.suite.tasks for t in o["instruction"])
     obs, reward, terminated, truncated, info = env.step(actions)
-    assert {k: (v.shape, v.dtype.kind) for k, v in info.items()} == dict(success=((6,), "b"), grasped=((6,), "b"), steps=((6,), "i"))
+    assert {k: (v.shape, v.dtype.kind) for k, v in info.items()} == dict(success=((6,), "b"), grasped=((6,), "b"), kept=((6,), "b"), steps=((6,), "i"))
     assert reward.shape == terminated.shape == truncated.shape == (6,) and reward.dtype.kind == "f" and terminated.dtype == truncated.dtype == bool
     obs["image"][:] = 0                                  # what a user does with a picture stays with the user
     assert env.reset(options=dict(mask=np.zeros(6, bool)))[0]["image"].any((1, 2, 3)).all()
@@ -81,7 +81,7 @@ def test_chunk_is_its_steps(env_id):
         single = [b.step(chunk[:, i:i + 1]) for i in range(chunk.shape[1])]
         assert (info["steps"] == sum(s[4]["steps"] for s in single)).all() and (reward == sum(s[1] for s in single)).all()
         assert (obs["image"] == single[-1][0]["image"]).all()
-        for k in ("success", "grasped"):
+        for k in ("success", "grasped", "kept"):
             assert (info[k] == single[-1][4][k]).all()
         assert (terminated == single[-1][2]).all() and (truncated == single[-1][3]).all() and not (terminated & truncated).any()
         ended_inside |= (info["steps"] > 0) & (info["steps"] < chunk.shape[1])
@@ -238,7 +238,9 @@ def test_held_for_five_steps_in_a_row(monkeypatch):
     env.fixed_horizon, rewards = True, []
     for now in holding.T:
         monkeypatch.setattr(env, "_grasped", lambda: now)
-        rewards.append(env.step(np.zeros((5, 1, 7)))[1])
+        _, reward, _, _, info = env.step(np.zeros((5, 1, 7)))
+        rewards.append(reward)
+    assert info["kept"].tolist() == [False, True, False, True, False] and info["grasped"].tolist() == [True] * 4 + [False]
     want = [(0, None), (0, 4), (0, None), (2, 6), (None, None)]
     want = [[.1 * (t == first) + .1 * (t == fifth) for t in range(10)] for first, fifth in want]
     np.testing.assert_allclose(np.transpose(rewards), want, atol=1e-6)

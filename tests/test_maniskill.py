@@ -155,7 +155,7 @@ def test_spaces_and_splits(env):
     obs = reset(env)
     assert env.observation_space.contains(obs) and obs["instruction"] == tuple(suite.tasks[:2]) and obs["image"].std((1, 2, 3)).min() > 20
     obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
-    assert env.observation_space.contains(obs) and {k: v.dtype.kind for k, v in info.items()} == dict(success="b", grasped="b", steps="i")
+    assert env.observation_space.contains(obs) and {k: v.dtype.kind for k, v in info.items()} == dict(success="b", grasped="b", kept="b", steps="i")
     assert reward.dtype.kind == "f" and terminated.dtype == truncated.dtype == bool and (info["steps"] == 4).all()
     for wrong, said in ((np.zeros((2, 7)), "takes actions"), (np.full((2, 4, 7), np.nan), "NaN")):
         with pytest.raises(ValueError, match=said):

@@ -109,7 +109,7 @@ def test_contract(fork, name):
         assert seen <= set(numbers) and len(seen) > len(numbers) / 2, seen
     obs, reward, terminated, truncated, info = env.step(acts((0, 0), (1, 0), (0, 0)))
     kinds = {k: (v.shape, v.dtype.kind) for k, v in info.items()}
-    assert env.observation_space.contains(obs) and kinds == dict(success=((3,), "b"), grasped=((3,), "b"), steps=((3,), "i"))
+    assert env.observation_space.contains(obs) and kinds == dict(success=((3,), "b"), grasped=((3,), "b"), kept=((3,), "b"), steps=((3,), "i"))
     assert info["grasped"].tolist() == [False, True, False] and not (terminated | truncated | (reward != 0)).any() and (info["steps"] == 1).all()
     env.close()
     assert sim.closed
