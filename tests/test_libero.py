@@ -592,6 +592,17 @@ def speed(episodes=2, task=0):
     for name, t in results.items():
         print(f"{name:24s} {t:6.2f} s of one core an episode of {actions.shape[1]} steps, {60 / t:5.1f} episodes a minute, "
               f"{results['stock, both cameras'] / t:.1f} x, {results['stock, agentview only'] / t:.1f} x one stock camera")
+    rate = {}
+    for n in (1, 2):                                     # by the clock: for an idle machine
+        with contextlib.closing(make(n)) as env:
+            for k in range(1 + episodes):                # the first one loads
+                if k == 1:
+                    began = time.time()
+                reset(env, [task] * n, state * n)
+                for part in np.split(actions, range(8, actions.shape[1], 8), 1):
+                    env.step(np.repeat(part, n, 0))
+            rate[n] = n * episodes / (time.time() - began)
+    print(f"two workers: {rate[2] / rate[1]:.2f} x one, by the clock")
 
 
 def expert(name, states, tasks=range(10)):
