@@ -234,7 +234,7 @@ def opd_fig4():
         yield "(forward KL), nor choosing from (reverse KL).\n"
     if fine := curves("object", "fkl-fine"):
         low = ", ".join(f"{100 * min(y[1:4]):.1f} (student {100 * y[0]:.1f})" for _, y in fine.values())
-        yield f"No dip hides between two evaluations: evaluated after 2, 4 and 6 updates, the least success of forward KL is {low}.\n"
+        yield f"Whether a dip hides between two evaluations: after 2, 4 and 6 updates of forward KL the least success is {low}.\n"
     if there(["plain-exact"], ["object"]):
         yield f"The papers' teachers were not trained that way. The plain teacher was: undisturbed demonstrations, each label one bin. It has {cell('plain-teacher', ['object'])}, and"
         yield "is surer of itself than the student.\n"

@@ -140,10 +140,11 @@ def test_two_arms(tmp_path, monkeypatch):
     for module, kw in runs:
         run, played = tmp_path / module.__name__, []
         with pytest.MonkeyPatch.context() as patch:
-            act = module.VLA.act
-            patch.setattr(module.VLA, "act", lambda *a: played.append(act(*a)) or played[-1])
+            play = module.rollout
+            patch.setattr(module, "rollout", lambda *a, **k: played.append(play(*a, **k)) or dict(played[-1]))
             module.main(module.Args(**kw, run_dir=str(run)))
-        assert {p[0].shape[1] for p in played} == {4 * 14} and json.loads((run / "checkpoint/config.json").read_text())["action_dim"] == 14, module
+        assert {p["tokens"].shape[1] for p in played} == {4 * 14} and all(p["mask"].sum() == 14 * p["length"].sum() > 0 for p in played), module
+        assert json.loads((run / "checkpoint/config.json").read_text())["action_dim"] == 14, module
         assert all(np.isfinite(float(v)) for v in rows(run)[-1].values() if v), module
     evaluate.main(evaluate.Args(env="tabletop-two-arm", checkpoint=str(run / "checkpoint"), episodes_per_task=1, num_envs=12, device="cpu", run_dir=str(tmp_path / "ev")))
     assert len(list(csv.DictReader(open(tmp_path / "ev" / "episodes.csv")))) == 2 * 10
