@@ -11,12 +11,13 @@ standardised advantage of its query; the student follows KL(teacher || student).
 What matters, and why
  1. w: the advantage of the current critic, mixed half and half with that of a frozen critic (scaled to the same mean and std: eq. 7), only where both have
     the same sign (eq. 8), standardised and clipped to +-2 (eq. 9).  Below-average tokens are pushed down; --positive-only leaves them alone.
- 2. The teacher q = softmax(z + eta w onehot(a)) is built from the current logits, without gradient.  p and q differ in one logit, so with
-    Z = 1 + p_a (e^(eta w) - 1) the loss is q_a eta w - log Z and its gradient -c grad log p_a, c = p_a (e^(eta w) - 1) / Z.  The same for JSD.
-    So it needs the sampled token's probability only, which PPO has already: the loss is free where the paper pays 1.6 times PPO's time.  The reference's pass is not.
+ 2. The teacher q = softmax(z + eta w onehot(a)) is built from the current logits, without gradient.  p and q differ in one logit, so all tokens but the sampled
+    one keep their proportions: KL over 256 tokens is KL over two outcomes, and so is JSD.  The loss needs the sampled token's probability only, which PPO has
+    already: it is free where the paper pays 1.6 times PPO's time.  The reference's pass is not.
  3. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (coefficient 0.5, entropy 0.01, the settings of PPO) reads as PPO + 0.5 of it: the default.
  4. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
- 5. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
+ 5. The current critic is a new one.  The paper does not say; its critics agree on 90 % of the signs at first, as with --warm-critic, which starts it as the reference's.
+ 6. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
 """
 import datetime, json, math, os, re, shutil, sys, time
 from dataclasses import asdict, dataclass
@@ -62,6 +63,7 @@ class Args:
     value_clip: float = 0.2  # how far the value may move from the rollout's before its loss stops rewarding it
     entropy_coefficient: float = 0.01  # of the entropy bonus, the mean over tokens
     ratio: Literal["action", "token"] = "action"  # one importance ratio an action (of 7 tokens), or one a token
+    warm_critic: bool = False  # the critic starts as the reference's value head, not as a new one
     eta: float = 1.0  # how far the logit of a sampled token is raised, per unit of w
     alpha: float = 0.5  # the reference critic's part of the advantage
     weight_clip: float = 2.0  # w is clipped to +- this
@@ -504,17 +506,14 @@ def distillation_weights(intrinsic, reference, args, world):
     return weight.relu() if args.positive_only else weight, agree
 
 def agd(logp, bump, divergence):
-    """Divergence of teacher and student at every token, of which `logp` was sampled and its logit raised by `bump` (eq. 10): the exact value, and the gradient
-    that autograd would find with the teacher held fixed.  All other tokens keep their proportions, so one probability tells all."""
-    p, raised = logp.detach().exp(), bump.exp()
-    z = 1 + p * bump.expm1()                                                             # q = p e^bump / z at the sampled token, p / z elsewhere
-    q = p * raised / z
+    """Divergence of teacher and student at every token, of which `logp` was sampled and its logit raised by `bump` (eq. 10); the teacher is held fixed.  All other
+    tokens keep their proportions, so two outcomes tell all: the sampled token, any other."""
+    other = (-logp.clamp(max=-1e-30).expm1()).log()                                      # log(1 - p)
+    rise = torch.logaddexp(logp + bump, other) - torch.logaddexp(logp, other)            # of the softmax's denominator
+    p, q = torch.stack([logp, other]), torch.stack([logp + bump - rise, other - rise]).detach()
     if divergence == "fkl":
-        value, slope = q * bump - (p * bump.expm1()).log1p(), p * bump.expm1() / z
-    else:
-        value = .5 * (q * (2 * raised / (raised + z)).log() + (1 - q) * (2 / (1 + z)).log() + p * (2 * z / (raised + z)).log() + (1 - p) * (2 * z / (1 + z)).log())
-        slope = .5 * p * ((raised + z) / (1 + z)).log()
-    return value - slope * (logp - logp.detach())
+        return (q.exp() * (q - p)).sum(0)
+    return -.5 * (q.exp() * ((p - q).expm1() / 2).log1p() + p.exp() * ((q - p).expm1() / 2).log1p()).sum(0)
 
 def road_loss(logits, value, tokens, mask, old_logp, old_value, advantage, weight, returns, counts, args, dim):
     """The loss of a micro-batch, a sum divided by the minibatch's counts (actions, queries, tokens), and what is logged of it."""
@@ -547,6 +546,7 @@ def main(args):
     policy.image == reference.policy.image or sys.exit(f"{source} sees {reference.policy.image} pixels, the student {policy.image}: another --reference, from this student")
     if args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)):
         sys.exit(f"--updates-per-rollout {args.updates_per_rollout}: a process has only {queries} queries a rollout")
+    args.warm_critic and not args.resume and model.value.load_state_dict(reference.value.state_dict())
     args.compile and (policy.compile(), reference.policy.compile())
     parameters = [p for p in model.parameters() if p.requires_grad]
     [dist.broadcast(p.data, 0) for p in parameters if world > 1]     # every process starts from the same weights

@@ -25,6 +25,7 @@ STYLE = {
     "plain-sampled": ("VLA-OPD, sampled, plain teacher", "#0072b2", ":"), "plain-fkl": ("DAgger, forward KL, plain teacher", "#009e73", ":"),
     "plain-ce": ("DAgger, hard CE, plain teacher", "#cc79a7", ":"), "fkl-fine": ("DAgger, forward KL, 2 updates an iteration", "#009e73", ":"),
     "road": ("ROAD-VLA", "#56b4e9", "-"), "road-long": ("ROAD-VLA, 160 iterations", "#56b4e9", "--"),
+    "road-warm": ("ROAD-VLA, critic from the reference", "#56b4e9", ":"),
     "road-alpha-0": ("ROAD-VLA, alpha = 0", "#0072b2", "-"), "road-alpha-1": ("ROAD-VLA, alpha = 1", "#d55e00", "-"),
     "road-jsd": ("ROAD-VLA, JSD", "#009e73", "-"), "road-no-gate": ("ROAD-VLA, no gate", "#e69f00", "-"), "road-positive": ("ROAD-VLA, positive only", "#cc79a7", "-"),
     "text-mcts": ("text teacher: MCTS", "#0072b2", "-"), "text-rel-spatial": ("text teacher: RelSpatial", "#d55e00", "-"),
