@@ -49,12 +49,12 @@ TABLES = [                                               # table or figure, suit
     ("opd-fig3", ("object", "goal", "spatial"), "base"), ("opd-fig3", ("object",), "student"),
     ("opd-fig3", ("goal", "spatial"), "forget-student forget-sft-many forget-grpo forget-opd-exact forget-distill-grpo"),
     *[(table, SHIFTS, "student ppo road") for table in ("road-table1", "road-fig2", "road-fig3")],
-    ("road-fig3", ("repositioning",), "road-warm"),
     ("road-table2", ("repositioning",), "ppo road road-jsd road-no-gate text-rel-spatial text-plan-rel-spatial text-mcts"),
     ("road-table5", ("multi-object",), "ppo road road-positive"),
     ("road-alpha", ("repositioning",), "road-alpha-0 road road-alpha-1"),
     ("road-reference", ("repositioning",), "road-reference-10 road-reference-20 road-reference-30 road"),
-    ("road-cost", ("",), "cost"), ("road-long", ("repositioning",), "ppo road ppo-long road-long"),
+    ("road-cost", ("",), "cost"), ("road-critic", ("repositioning",), "ppo road road-warm"),
+    ("road-long", ("repositioning",), "ppo road ppo-long road-long"),
     ("checkpoints", (*SUITES, *SHIFTS), "base"), ("checkpoints", (*SUITES, *SHIFTS, "two-arm"), "student teacher")]
 QUICK = [("quick", ("object",), "student teacher opd-exact grpo opd-sampled opd-g2 dagger-fkl dagger-ce distill-grpo sft-many ppo road"),
          ("quick", SUITES[1:] + ("two-arm",), "student teacher opd-exact grpo"), ("quick", SHIFTS, "ppo road"), ("quick", ("repositioning",), "text-rel-spatial")]
