@@ -161,6 +161,12 @@ def opd_table2():
         yield from table(("method", "seeds", *sum(((suite, "paper") for suite in SUITES), ()), "average", "paper", "IQM"),
                          [(STYLE[k][0], seeds(k, SUITES), *sum(((cell(k, [suite]), paper(k, i)) for i, suite in enumerate(SUITES)), ()), cell(k, SUITES),
                            paper(k, 4), middle(k, SUITES)) for k in methods])
+        if learned := there(("grpo", "distill-grpo"), SUITES):
+            ends_of = lambda suite, k, key: ", ".join(f"{100 * last(suite, k, f'charts/{key}', i).mean():.1f}" for i in (0, -1))
+            yield "GRPO rewards the policy that plays, which is sampled; the table above has the greedy one. Sampled: of the training's rollouts, first and last"
+            yield "iteration; greedy: before training and after it.\n"
+            yield from table(("suite", "algorithm", "seeds", "sampled", "greedy"), [
+                (suite, STYLE[k][0], seeds(k, [suite]), ends_of(suite, k, "success_rate"), ends_of(suite, k, "eval_success")) for suite, k in learned])
         compare("Distill is above its student (87.4, 48.9)", "opd-exact", "student", SUITES)
         compare("Distill is above SFT on many demonstrations (87.4, 76.5)", "opd-exact", "sft-many", SUITES)
         compare("Distill + GRPO is above Distill (93.4, 87.4)", "distill-grpo", "opd-exact", SUITES)
