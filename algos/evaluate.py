@@ -24,7 +24,7 @@ class Args:
     seed: int = 1  # of the sampled actions and of what changes during an episode
     num_envs: int = 256  # environments played side by side
     query_batch_size: int = 512  # queries per pass
-    run_dir: str = ""  # where episodes.csv goes (default: runs/evaluate-ENV-SPLIT)
+    run_dir: str = ""  # where episodes.csv goes (default: runs/evaluate-ENV-SPLIT-CHECKPOINT)
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model
     load_in_4bit: bool = False  # keep the language model in 4 bits
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
@@ -345,18 +345,19 @@ def main(args):
         sys.exit(f"{args.env} has no split {args.split!r}: there are {', '.join(env.suite.splits)}")
     checkpoint = args.checkpoint or envs.checkpoint(args.env, "student")
     model = VLA.load(checkpoint, device, getattr(torch, args.dtype), load_in_4bit=args.load_in_4bit, trainable=False)
-    folder = Path(args.run_dir or f"runs/evaluate-{args.env}-{args.split}")
+    name = Path(checkpoint).resolve().parts[-2 if Path(checkpoint).name == "checkpoint" else -1]         # of a run: the run's
+    folder = Path(args.run_dir or f"runs/evaluate-{args.env}-{args.split}-{name}")
     folder.mkdir(parents=True, exist_ok=True)
     states, rows = env.suite.splits[args.split][:args.episodes_per_task], []
-    print(f"{checkpoint} on {args.env}, split {args.split}, {len(env.suite.tasks)} tasks x {len(states)} initial states")
+    rank == 0 and print(f"{checkpoint} on {args.env}, split {args.split}, {len(env.suite.tasks)} tasks x {len(states)} initial states")
     for mode, temperature in (("greedy", 0.), ("sampled", args.temperature)):
         video = folder / "eval.gif" if args.video and mode == "greedy" else None
         played = evaluate(env, model, args.split, args.episodes_per_task, temperature, args.query_batch_size, args.seed, rank, world, video)
         for t, text in enumerate(env.suite.tasks):
             rows += [dict(mode=mode, task=t, instruction=text, init_state=s, success=int(played[0, t, i]), grasped=int(played[1, t, i]),
                           steps=int(played[2, t, i])) for i, s in enumerate(states)]
-            show(f"  {mode:8} {text}", played[0, t])
-        show(f"{mode:8} all tasks", played[0])
+            rank == 0 and show(f"  {mode:8} {text}", played[0, t])
+        rank == 0 and show(f"{mode:8} all tasks", played[0])
     if rank == 0:
         with open(folder / "episodes.csv", "w", newline="") as f:
             table = csv.DictWriter(f, list(rows[0]))

@@ -431,7 +431,7 @@ class Run:
         axis.errorbar(x, y, [y - low, high - y], color="#d55e00", marker="o", capsize=3, label="evaluation, 95 %")
         axis.set(xlabel="iteration", ylabel="success rate", ylim=(0, 1), title=title)
         axis.legend(frameon=False), figure.savefig(self.dir / "curve.png", dpi=150)
-        for when, i in (("before", 0), ("after", -1)):
+        for when, i in (("before", 0), ("after", -1))[int(x[0] > 0):]:    # sft.py looks only after
             print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
 
@@ -501,8 +501,11 @@ def play_expert(env, demos_per_task, noise, rng, intruder=None):
                     obs = env.step(intruder.actions(tokens))[0]
                 left, clean[-1] = rng.integers(60, 120), np.zeros(n, bool)       # no label reaches over the gap
         images, actions, clean, live = (np.stack(x, 1) for x in (images, actions, clean, live))
-        demos += [(images[i, :t], actions[i, :t], clean[i, :t], obs["instruction"][i]) for i, t in enumerate(live.sum(1)[:demos_per_task * tasks - start])]
-    return demos
+        demos += [(images[i, :t], actions[i, :t], clean[i, :t], obs["instruction"][i]) for i, t in enumerate(live.sum(1)[:demos_per_task * tasks - start])
+                  if np.ptp(actions[i, :t], 0).any()]        # it stands still where it does not know the task
+    if len(demos) < demos_per_task * tasks:
+        print(f"the scripted expert of {env.suite.name} does not know some of the tasks: {len(demos)} demonstrations instead of {demos_per_task * tasks}")
+    return demos or sys.exit(f"no demonstrations: pass --data, a folder of HDF5 files")
 
 def read_hdf5(folder, demos_per_task):
     """The same from LIBERO's or robomimic's files, one a task; envs/libero.py's hold keypoints as well, {name: places [T, 2]}."""
@@ -590,7 +593,7 @@ def follow_recipe(args):
     suite, _, role = args.make.rpartition("-")
     if role not in RECIPES or suite not in (["tabletop"] if role in ("start", "base") else envs.known()):
         raise SystemExit(f"--make {args.make}: not tabletop-start, tabletop-base, ENV-student or ENV-teacher with ENV one of {', '.join(envs.known())}")
-    recipe = dict(dict(env=suite, run_dir=f"runs/make-{args.make}"), **RECIPES.get(args.make.removeprefix("tabletop-"), RECIPES[role]))
+    recipe = dict(dict(env=suite, run_dir=f"runs/make-{args.make}-{args.seed}"), **RECIPES.get(args.make.removeprefix("tabletop-"), RECIPES[role]))
     if "student" in recipe:
         recipe["student"] = os.path.relpath(envs.checkpoint("tabletop", recipe["student"]))
     return replace(args, **recipe, resume=(Path(recipe["run_dir"]) / "checkpoint").exists()), Path(envs.__file__).parents[1] / "checkpoints" / args.make
@@ -602,6 +605,8 @@ def main(args):
     names = [e for e in envs.known() if e.startswith("tabletop-") and e != "tabletop-two-arm"] if args.env == "tabletop" else [args.env]
     suite_envs = [envs.make(name, args.num_envs, args.seed) for name in names]
     env, rng = suite_envs[0], np.random.default_rng(args.seed)
+    for needed, why in (("expert_action", "scripted expert"), ("keypoints", "keypoints for --pretrain-tower"))[:1 + bool(args.pretrain_tower)]:
+        args.data or hasattr(env, needed) or sys.exit(f"{args.env} has no {why}: pass --data, a folder of HDF5 demonstrations (README, LIBERO: how to write some)")
     args.data and args.demo_policy and sys.exit("--demo-policy plays in between the scripted expert's demonstrations: leave --data out")
     intruder = VLA.load(args.demo_policy, device, getattr(torch, args.dtype), trainable=False) if args.demo_policy else None
     run, demos = Run(args, "sft", rank), read_hdf5(args.data, args.demos_per_task) if args.data else []

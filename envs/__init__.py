@@ -117,7 +117,7 @@ def checkpoint(env_id, role):
     folder, command = sft.parents[1] / "checkpoints" / name, [sys.executable, str(sft), "--make", name]
     if not env_id.startswith("tabletop") or not folder.exists() and not sft.exists():
         made = f" (where there is a scripted expert, `python algos/sft.py --env {env_id}` makes one)" * (not env_id.startswith(("rl4vla", "robotwin", "maniskill:")))
-        raise SystemExit(f"{env_id} has no default {role} here: name a folder or a hub id with --{role}{made}")
+        raise SystemExit(f"{env_id} has no default {role} here: name a folder or a hub id with --{role} (evaluate.py: --checkpoint){made}")
     if not (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
         print(f"{folder} is missing; making it, in minutes (its base, if missing too, takes an hour): {' '.join(command)}", flush=True)
         subprocess.run(command, check=True, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")})

@@ -114,6 +114,7 @@ def main():
         parser.error(f"{alone[0]} goes alone")
     if min(n for n in (args.jobs, args.seeds, 1) if n is not None) < 1:
         parser.error("--jobs and --seeds must be positive")
+    (args.seeds or 1) < 10 or parser.error("--seeds: 9 at most, the pages read one digit")
     simulator = alone and alone[0] in SIMULATORS
     results = ROOT / "results" / ("quick" if args.what == ["quick"] else "")
     jobs = make_jobs(args.what, args.seeds or (1 if simulator or args.what == ["quick"] else 3), args.student, args.teacher)

@@ -106,11 +106,21 @@ def success(suite, algorithm, split="eval"):
     return tested | {seed: (np.mean([*e.values()]), len(e)) for seed, e in played(suite, algorithm, split).items()}
 
 
+def seeds_of(algorithm, suites, split="eval"):
+    """The seeds that all of the suites have."""
+    return sorted(set.intersection(*(set(success(suite, algorithm, split)) for suite in suites)))
+
+
 def ends(algorithm, suites, split="eval"):
     """Mean success over the suites of every seed that has them all, and the episodes of one seed."""
-    every = [success(suite, algorithm, split) for suite in suites]
-    seeds = sorted(set.intersection(*map(set, every)))
+    every, seeds = [success(suite, algorithm, split) for suite in suites], seeds_of(algorithm, suites, split)
     return np.array([np.mean([e[s][0] for e in every]) for s in seeds]), sum(e[seeds[0]][1] for e in every) if seeds else 0
+
+
+def drawn(algorithm, suites, split="eval"):
+    """The same success, for differ(): of a checkpoint without seeds a number."""
+    x = ends(algorithm, suites, split)[0]
+    return x[0] if seeds_of(algorithm, suites, split) == [0] else x
 
 
 def curve(rows, key="charts/eval_success", x="steps"):
@@ -134,9 +144,9 @@ def entropies(suite, algorithm):
 
 
 def spent(rows, budget=np.inf):
-    """Environment steps, and minutes of all phases but evaluation, up to so many steps."""
-    steps = np.cumsum([r.get("charts/env_steps", 0) for r in rows])
-    return np.array([steps[-1], sum(r.get(f"time/{phase}", 0) for n, r in zip(steps, rows) for phase in PHASES if n <= budget) / 60])
+    """Environment steps, and minutes of all phases but evaluation, up to so many steps (within an iteration: its share)."""
+    steps, seconds = (np.cumsum(x) for x in ([r.get("charts/env_steps", 0) for r in rows], [sum(r.get(f"time/{k}", 0) for k in PHASES) for r in rows]))
+    return np.array([steps[-1], (np.interp(budget, steps, seconds) if budget < steps[-1] else seconds[-1]) / 60])
 
 
 def whole(suite, algorithm):
@@ -175,36 +185,42 @@ def iqm(x, repeats=2000):
     return middle(x[None])[0], *np.percentile(middle(drawn), (2.5, 97.5))
 
 
-def mcnemar(only_a, only_b):
-    """Exact two-sided p value of so many pairs of which one alone succeeded."""
-    n, least = only_a + only_b, min(only_a, only_b)
-    return min(1., 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2 ** n)
+def sign_flips(differences):
+    """Exact two-sided p value of a sum of whole numbers, were the sign of each a coin's.  Of +-1 it is McNemar's test."""
+    chances = np.ones(1)
+    for k in np.abs(differences[differences != 0]):
+        chances = np.convolve(chances, [.5, *[0] * (2 * k - 1), .5])
+    middle = len(chances) // 2
+    return min(1., chances[abs(np.arange(len(chances)) - middle) >= abs(differences.sum())].sum())
 
 
-def pairs(a, b, suites, split="eval"):
-    """How many pairs of episodes on the same initial state, of the same seed, a alone and b alone solved; None where a run's episodes are not there."""
-    counts = [0, 0]
-    for suite in suites:
-        one, two = played(suite, a, split), played(suite, b, split)
-        if len(one) < len(success(suite, a, split)) or len(two) < len(success(suite, b, split)):
-            return None
-        for seed in (one.keys() | two.keys()) - ({0} if len(one.keys() | two.keys()) > 1 else set()):
-            mine, theirs = (e.get(seed, e.get(0, {})) for e in (one, two))               # a checkpoint without a seed stands against all
-            counts = [n + sum(x[k] > y[k] for k in mine.keys() & theirs.keys()) for n, x, y in zip(counts, (mine, theirs), (theirs, mine))]
-    return counts
+def paired(a, b, suites, split="eval"):
+    """For every initial state how much oftener a succeeds than b, each the mean over its seeds (times what makes that whole); None where episodes are missing."""
+    (one, n), (two, m) = (([played(suite, k, split) for suite in suites], seeds_of(k, suites, split)) for k in (a, b))
+    if any(seed not in e for each, seeds in ((one, n), (two, m)) for e in each for seed in seeds):
+        return None
+    both = [(x, y, state) for x, y in zip(one, two) for state in sorted(set.intersection(*(set(e[s]) for e, seeds in ((x, n), (y, m)) for s in seeds)))] if n and m else []
+    return np.array([round(len(m) * sum(x[s][k] for s in n) - len(n) * sum(y[s][k] for s in m)) for x, y, k in both]) if both else None
 
 
-def differ(a, b, n, pairs=None, margin=0.):
-    """Two-sided p value of a difference of mean success (from -margin), n episodes a seed, by the larger of two variances: of the episodes (McNemar's test
-    where the pairs on the same initial states are known), of the seeds (few: Student's t)."""
-    p = (a.sum() + b.sum()) / (len(a) + len(b))
-    episodes, seeds = p * (1 - p) * (1 / (n * len(a)) + 1 / (n * len(b))), sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0 for x in (a, b))
-    t, freedom = abs(a.mean() + margin - b.mean()) / max(math.sqrt(max(episodes, seeds)), 1e-9), len(a) + len(b) - 2
-    if episodes >= seeds:
-        return mcnemar(*pairs) if pairs else math.erfc(t / math.sqrt(2))
-    x = np.linspace(0, t, 10001)                         # the density of Student's t, by the trapezoid rule
-    density = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2) * (1 + x ** 2 / freedom) ** (-(freedom + 1) / 2)
-    return 1 - 2 * float(((density[1:] + density[:-1]) / 2 * np.diff(x)).sum())
+def student(t, freedom):
+    """Two-sided p value of Student's t, by the trapezoid rule over the angle whose tangent is t / sqrt(freedom)."""
+    angle = np.linspace(0, math.atan(t / math.sqrt(freedom)), 10001)
+    y = math.gamma((freedom + 1) / 2) / math.sqrt(math.pi) / math.gamma(freedom / 2) * np.cos(angle) ** (freedom - 1)
+    return max(0., 1 - 2 * float(((y[1:] + y[:-1]) / 2 * np.diff(angle)).sum()))
+
+
+def differ(a, b, n, states=None, margin=0.):
+    """Two-sided p value of a difference of mean success (from -margin), n episodes a seed: the larger of that of the episodes (paired, where the differences on
+    the same initial states are known) and that of the seeds (Student's t, one variance for both).  A number instead of seeds: one checkpoint, the same for all."""
+    share, (a, b) = sum(1 / len(x) for x in (a, b) if np.ndim(x)), (np.atleast_1d(x) for x in (a, b))
+    p, gap, freedom = (a.sum() + b.sum()) / (len(a) + len(b)), abs(a.mean() + margin - b.mean()), len(a) + len(b) - 2
+    normal = math.erfc(gap / math.sqrt(2 * max(p * (1 - p) * (1 / (n * len(a)) + 1 / (n * len(b))), 1e-12)))
+    episodes = normal if states is None else sign_flips(states)
+    if not freedom:                                      # one run against one says nothing of other seeds
+        return episodes
+    variance = sum(((x - x.mean()) ** 2).sum() for x in (a, b)) / freedom * share
+    return max(episodes, student(gap / math.sqrt(max(variance, 1e-12)), freedom))
 
 
 def every(flags):

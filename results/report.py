@@ -12,7 +12,7 @@ import numpy as np
 
 import data
 import figures
-from data import SHIFTS, STYLE, SUITES, apart, curves, differ, ends, entropies, every, forgetting, iqm, last, pairs, played, read, spent, success, tasks
+from data import SHIFTS, STYLE, SUITES, apart, curves, differ, drawn, ends, entropies, every, forgetting, iqm, last, paired, played, read, spent, success, tasks
 from data import there, used, whole, wilson
 
 HERE = Path(__file__).resolve().parent
@@ -42,11 +42,11 @@ def claim(text, rule, measured, verdict):
 
 def compare(text, a, b, suites, split="eval", margin=0.):
     """a is above b; with a margin: a is not below b by more, one-sided."""
-    (x, n), (y, m), both = ends(a, suites, split), ends(b, suites, split), None if margin else pairs(a, b, suites, split)
+    (x, n), (y, m), both = ends(a, suites, split), ends(b, suites, split), None if margin else paired(a, b, suites, split)
     if len(x) and len(y):
-        p = differ(x, y, min(n, m), both, margin) / (2 if margin else 1)
+        p = differ(drawn(a, suites, split), drawn(b, suites, split), min(n, m), both, margin) / (2 if margin else 1)
         claim(text, f"at most {100 * margin:.0f} lower" if margin else "higher",
-              f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {chance(p)}{', paired' if both else ''}; seeds {len(x)}, {len(y)}",
+              f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {chance(p)}{', paired' if both is not None else ''}; seeds {len(x)}, {len(y)}",
               None if p >= .05 else bool(x.mean() + margin > y.mean()))
 
 
@@ -118,7 +118,7 @@ def algorithms():
     if not rows:
         return
     yield f"All start from the shipped student: {cell('student', ['object'])}; its teacher: {cell('teacher', ['object'])}. Success at {budget:.0f} environment"
-    yield "steps (interpolated), and at the end of the run. Area: mean success over those steps, a shorter run keeping its last value. Entropy: nats a token,"
+    yield "steps of the run's own (interpolated), and at its end. Area: mean success over those steps, a shorter run keeping its last value. Entropy: nats a token,"
     yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps. ROAD's reference critic is a finished PPO run, so"
     yield "its honest cost, in the last two columns, is both; that of Distill + GRPO is with the distillation before it. The teacher's is in none of them" + (
         f": {np.mean([sum(x.get('charts/samples', 0) for x in r) for r in make.values()]):.0f} pictures of a scripted expert, "
@@ -141,7 +141,7 @@ def opd_fig2():
         if share:
             n = max(r[-1]["step"] for r in read(suite, "grpo").values())
             first, end = (last(suite, "grpo", "charts/eval_success", i) for i in (0, -1))
-            risen = differ(end, first, ends("grpo", [suite])[1]) < .05
+            risen = differ(end, first[0], ends("grpo", [suite])[1]) < .05                # they start from one checkpoint
             claim(f"{STYLE[k][0]}, reaches the success of {n:.0f} iterations of GRPO in a third of its steps ({suite})",
                   "every seed's share <= 1/3, where GRPO has risen (p < 0.05)", shares + ("" if risen else f"; GRPO {100 * first.mean():.1f}, {100 * end.mean():.1f}"),
                   every([v <= 1 / 3 for v in share]) if risen else None)
@@ -271,7 +271,7 @@ def road_table1():
 
     def row(name, suites, paper):
         mean = [ends(k, suites, split)[0].mean() for k, split in four]
-        (x, n), (y, _), both = ends("road", suites, "ood"), ends("ppo", suites, "ood"), pairs("road", "ppo", suites, "ood")
+        (x, n), (y, _), both = ends("road", suites, "ood"), ends("ppo", suites, "ood"), paired("road", "ppo", suites, "ood")
         shown = [(cell(k, suites, split), p) for (k, split), p in zip(four, paper)]
         shown += [(f"{100 * (mean[i] - mean[i + 2]):.1f}", paper[4 + i]) for i in (0, 1)]
         return name, f"{len(y)}, {len(x)}", *sum(shown, ()), chance(differ(x, y, n, both)).removeprefix("p = ").removeprefix("p ")
@@ -430,7 +430,7 @@ def simulators():
             used.add(path.stem)
             shown = lambda r: f"{100 * r['charts/eval_success']:.1f} [{100 * r['charts/eval_low']:.1f}, {100 * r['charts/eval_high']:.1f}]"
             steps, minutes = spent(trained)
-            rows.append((path.stem, shown(tested[0]) if len(tested) > 1 else "", shown(tested[-1]), data.size(tested[-1]), f"{tested[-1]['step']:.0f}", f"{steps:.0f}", f"{minutes:.0f}"))
+            rows.append((path.stem, shown(tested[0]) if tested[0]["step"] == 0 else "", shown(tested[-1]), data.size(tested[-1]), f"{tested[-1]['step']:.0f}", f"{steps:.0f}", f"{minutes:.0f}"))
     if rows:
         yield from table(("run", "before", "after", "episodes", "iterations", "environment steps", "minutes"), rows)
     if any(row[0].startswith("libero-object-nomsaa") for row in rows):
@@ -509,8 +509,9 @@ def page():
         "interval]. IQM: the interquartile mean over seeds and tasks, its 95 % interval by a bootstrap of the seeds within each task.\n",
         *["A quick run: one seed, few iterations, few episodes. It shows that everything runs, not what the algorithms can.\n"] * (data.FOLDER.name == "quick"),
         *table(("what", "command", "claims that hold", "that do not", "not resolvable"), summary), "## The papers' claims, here\n",
-        "Higher: counts where p < 0.05, two-sided, by the larger of two variances: of the episodes (McNemar's exact test on the same initial states where it",
-        "says paired), of the seeds (Student's t). At most 5 lower: one-sided, at 5 %. At least: the Wilson interval of all seeds' episodes lies on one side.",
+        "Higher: counts where p < 0.05, two-sided, p the larger of two: of the episodes (exact sign flips of the differences on the same initial states, each the",
+        "mean over the seeds, where it says paired; of one seed each that is McNemar's test), of the seeds (Student's t; one run against one has none, so",
+        "it says nothing of other seeds). At most 5 lower: one-sided, at 5 %. At least: the Wilson interval of all seeds' episodes lies on one side.",
         "On every seed: all of them, or none. Otherwise not resolvable. Not corrected for the number of claims. In brackets the paper's numbers.\n",
         *table(("where", "claim", "rule", "measured", "verdict"), told), *body])
 
@@ -518,7 +519,7 @@ def page():
 def front():
     """The project's README with the main table in it, between its marks."""
     budget, rows = compared()
-    header = "algorithm", "seeds", f"success, % after {budget:.0f} steps", "at the end", "environment steps in all", "minutes in all"
+    header = "algorithm", "seeds", f"success, % after {budget:.0f} steps of its own", "at the end", "environment steps in all", "minutes in all"
     lines = table(header, [(*row[:3], row[4], *row[7:]) for row in rows])
     return re.sub(r"(?s)(?<=<!-- main table -->\n).*(?=<!-- end -->)", lambda _: "\n" + "\n".join(lines), README.read_text())
 

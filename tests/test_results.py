@@ -108,18 +108,35 @@ def test_ppo_and_road_on_another_simulator(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.glob("*.png")] == ["maniskill-repositioning.png"]
 
 
-@pytest.mark.parametrize("t,p", [(2.776, .05), (4.604, .01), (.741, .5)])                # a table of Student's t, 4 degrees of freedom
+@pytest.mark.parametrize("t,p", [(2.776, .05), (4.604, .01), (.741, .5), (1e9, 0.)])     # a table of Student's t, 4 degrees of freedom
 def test_seeds_that_differ_count_by_students_t(t, p):
     spread = np.array([-.3, 0., .3])                     # far more than 200 episodes explain: variance .09, of a mean .03
-    for pairs in (None, (40, 0)):
-        assert data.differ(.5 + spread + t * (.06 ** .5), .5 + spread, 200, pairs) == pytest.approx(p, rel=.01)
+    assert data.student(t, 4) == pytest.approx(p, rel=.01, abs=1e-6)
+    for states in (None, np.array([1] * 40)):
+        if t < 5:
+            assert data.differ(.5 + spread + t * (.06 ** .5), .5 + spread, 200, states) == pytest.approx(p, rel=.01)
+    assert data.student(12.706, 1) == pytest.approx(.05, rel=.01) and data.student(4.303, 2) == pytest.approx(.05, rel=.01)
+
+
+def test_one_run_against_seeds_is_one_draw_but_a_checkpoint_is_none():
+    a = np.array([.40, .49, .54])                        # standard deviation .0709
+    assert data.differ(a, np.array([.75]), 200) == pytest.approx(data.student(.2733 / (.0709 * (4 / 3) ** .5), 2), rel=.01)
+    assert data.differ(a, .75, 200) == pytest.approx(data.student(.2733 / (.0709 / 3 ** .5), 2), rel=.01)
+    assert data.differ(np.array([.5]), .6, 200) == pytest.approx(.0446, abs=1e-3)        # nothing known of seeds: z = .1 / sqrt(2 * .55 * .45 / 200)
 
 
 def test_seeds_that_agree_count_by_their_episodes():
     a, b = np.full(3, .5), np.full(3, .56)
     assert data.differ(a, b, 200) == pytest.approx(.0375, abs=1e-3)                      # z = .06 / sqrt(2 * .53 * .47 / 600)
     assert data.differ(a, a, 200) == pytest.approx(1)
-    assert data.differ(a, b, 200, (2, 10)) == data.mcnemar(2, 10)
+    states = np.array([1] * 10 + [-1] * 2 + [0] * 188)
+    assert data.differ(a, b, 200, states) == data.sign_flips(states)
+
+
+def test_the_larger_p_counts():
+    """Pairs make the episodes' variance small; the seeds' may not be."""
+    a, b, states = np.array([.80, .86, .86]), np.array([.78, .80, .81]), np.array([3] * 43 + [-3] * 17)
+    assert data.sign_flips(states) < .002 and data.differ(a, b, 200, states) == pytest.approx(.119, abs=.003)      # t = 1.98
 
 
 def test_a_margin_shifts_the_difference_and_not_its_variance():
@@ -127,11 +144,11 @@ def test_a_margin_shifts_the_difference_and_not_its_variance():
     assert 0 < data.differ(np.array([.98]), np.array([.98]), 50, margin=.05) < .1        # one seed each, near the ceiling
 
 
-def test_mcnemar_counts_coins():
-    for n, k in ((12, 2), (7, 0), (6, 3), (1, 0)):       # all ways to fall that are as uneven, or more
-        uneven = sum(abs(sum(coins) - n / 2) >= abs(k - n / 2) for coins in itertools.product((0, 1), repeat=n)) / 2 ** n
-        assert data.mcnemar(k, n - k) == data.mcnemar(n - k, k) == pytest.approx(uneven)
-    assert data.mcnemar(0, 0) == 1
+def test_sign_flips_are_all_ways_to_fall():
+    for d in ([1] * 10 + [-1] * 2 + [0] * 5, [1] * 7, [1, -1] * 3, [-1], [3, -1, 2, 2, -3, 1], [6, 1, 1], []):
+        sums = [abs(sum(k * sign for k, sign in zip(d, signs))) for signs in itertools.product((1, -1), repeat=len(d))]
+        assert data.sign_flips(np.array(d, int)) == data.sign_flips(-np.array(d, int)) == pytest.approx(np.mean([s >= abs(sum(d)) for s in sums]))
+    assert data.sign_flips(np.array([1] * 10 + [-1] * 2)) == pytest.approx(2 * (1 + 12 + 66) / 2 ** 12)      # McNemar's
 
 
 def test_iqm_and_its_interval_the_long_way():
@@ -152,26 +169,32 @@ def test_the_episodes_of_an_interval_are_found():
         assert data.size({"charts/eval_success": p, "charts/eval_low": low, "charts/eval_high": high}) == n
 
 
-def test_pairs_are_of_the_same_seed_and_state(tmp_path, monkeypatch):
+def test_pairs_are_of_the_same_state_and_of_the_seeds_that_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
     (tmp_path / "episodes").mkdir()
 
-    def write(name, *success):
-        (tmp_path / "episodes" / f"tabletop-object-{name}.csv").write_text("task,init_state,success,grasped\n" + "".join(f"{i},400,{s},1\n" for i, s in enumerate(success)))
+    def write(name, *success, suite="object"):
+        (tmp_path / "episodes" / f"tabletop-{suite}-{name}.csv").write_text("task,init_state,success,grasped\n" + "".join(f"{i},400,{s},1\n" for i, s in enumerate(success)))
     write("grpo-1", 1, 1, 0, 0), write("grpo-2", 1, 0, 0, 0), write("ppo-1", 0, 1, 0, 1), write("ppo-2", 0, 0, 0, 0), write("student", 0, 0, 0, 1)
-    assert data.pairs("grpo", "ppo", ["object"]) == [2, 1]
-    assert data.pairs("grpo", "student", ["object"]) == [3, 2] and data.pairs("student", "grpo", ["object"]) == [2, 3]       # one student stands against every seed
-    assert data.pairs("student", "student", ["object"]) == [0, 0]
+    assert data.paired("grpo", "ppo", ["object"]).tolist() == [4, 0, 0, -2]              # two seeds each: 2 * (2 - 0), 2 * (1 - 1), 0, 2 * (0 - 1)
+    assert data.paired("grpo", "student", ["object"]).tolist() == [2, 1, 0, -2] and data.paired("student", "grpo", ["object"]).tolist() == [-2, -1, 0, 2]
+    assert not data.paired("student", "student", ["object"]).any()
     assert data.ends("grpo", ["object"])[0].tolist() == [.5, .25] and data.ends("student", ["object"])[1] == 4
+    assert data.drawn("student", ["object"]) == .25 and np.ndim(data.drawn("student", ["object"])) == 0 and np.ndim(data.drawn("grpo", ["object"])) == 1
+    write("grpo-2", 1, 1, 1, 1, suite="goal"), write("ppo-1", 0, 0, 0, 0, suite="goal")
+    both = ["object", "goal"]                            # seeds with both suites: grpo's second, ppo's first
+    assert data.seeds_of("grpo", both) == [2] and data.seeds_of("ppo", both) == [1] and data.ends("grpo", both)[0].tolist() == [.625]
+    assert data.paired("grpo", "ppo", both).tolist() == [1, -1, 0, -1, 1, 1, 1, 1]
     shutil.copy(RESULTS / "tabletop-object-ppo-1.csv", tmp_path / "tabletop-object-ppo-3.csv")                # a run without episodes: no pairs
-    assert data.pairs("grpo", "ppo", ["object"]) is None
+    assert data.paired("grpo", "ppo", ["object"]) is None
 
 
 @pytest.mark.parametrize("a,b,margin,verdict", [(.9, .5, 0, "holds"), (.5, .9, 0, "does not hold"), (.5, .51, 0, "not resolvable"),
                                                 (.9, .91, .05, "holds"), (.5, .9, .05, "does not hold"), (.5, .55, .05, "not resolvable")])
 def test_verdicts(monkeypatch, a, b, margin, verdict):
     monkeypatch.setattr(report, "ends", lambda name, suites, split: (np.array([dict(a=a, b=b)[name]] * 3), 200))
-    monkeypatch.setattr(report, "pairs", lambda *args: None)
+    monkeypatch.setattr(report, "drawn", lambda name, suites, split: np.array([dict(a=a, b=b)[name]] * 3))
+    monkeypatch.setattr(report, "paired", lambda *args: None)
     report.claims.clear()
     report.compare("a is above b", "a", "b", ["object"], margin=margin)
     assert report.claims[0][-1] == verdict
@@ -186,7 +209,7 @@ def test_steps_add_up_and_costs_include_what_came_before(tmp_path, monkeypatch):
     rows = [{"step": 0, "charts/eval_success": .2}, {"step": 1, "charts/env_steps": 100, "charts/eval_success": .4, "time/update": 60},
             {"step": 2, "charts/env_steps": 300, "time/rollout": 30}, {"step": 3, "charts/env_steps": 100, "charts/eval_success": .8, "time/teacher": 30}]
     assert data.curve(rows).tolist() == [[0, 100, 500], [.2, .4, .8]] and data.curve(rows, x="iteration").tolist() == [[0, 1, 3], [.2, .4, .8]]
-    assert data.spent(rows).tolist() == [500, 2] and data.spent(rows, 400).tolist() == [500, 1.5]
+    assert data.spent(rows).tolist() == [500, 2] and data.spent(rows, 400).tolist() == [500, 1.5] and data.spent(rows, 250).tolist() == [500, 1.25]
     runs = {"opd-exact": {1: rows}, "distill-grpo": {1: rows[:2]}, "road": {1: [{"charts/reference_env_steps": 7, "charts/reference_minutes": 1}] + rows[1:]}}
     monkeypatch.setattr(data, "read", lambda suite, algorithm: runs[algorithm])
     assert data.whole("object", "opd-exact").tolist() == [500, 2]

@@ -96,9 +96,11 @@ def train(folder, patch, run_dir, **kw):
 
 
 @pytest.mark.parametrize("smoothing", [0., .5, 6.])
-def test_labels(tmp_path, monkeypatch, smoothing):
+def test_labels(tmp_path, monkeypatch, capsys, smoothing):
     """The first loss is the cross-entropy with Gaussians that sum to 1; with one bin at 0."""
     rows, (image, text, target) = train(tmp_path, monkeypatch, "run", smoothing=smoothing)
+    said = capsys.readouterr().out
+    assert "after:" in said and "before:" not in said    # it was not evaluated before
     model = vla_opd.VLA.load(small.checkpoints(tmp_path)["student"])
     with torch.no_grad():
         logp = model.score(image, text, target).log_softmax(-1).double().numpy()
@@ -149,6 +151,30 @@ def test_disturbed_demonstrations(tmp_path):
     assert len(calm) == len(shaken) == 10 and sorted(d[3] for d in calm) == sorted(env.suite.tasks)
     assert all(d[2].all() for d in calm) and .1 < np.mean([d[2].mean() for d in shaken]) < .95
     assert all(abs(d[1]).max() <= 1 and len(d[0]) == len(d[1]) == len(d[2]) for d in calm + shaken)
+
+
+def test_an_expert_that_stands_still_teaches_nothing(capsys):
+    """As LIBERO's does before drawers and knobs."""
+    import envs
+    env, knows = envs.make("tabletop-object", 5, 1), np.arange(10) % 4 > 0
+    action = env.expert_action
+    env.expert_action = lambda: action() * knows[env.task][:, None]
+    demos = sft.play_expert(env, 2, 0., np.random.default_rng(0))
+    assert sorted(d[3] for d in demos) == sorted(2 * [t for t, known in zip(env.suite.tasks, knows) if known]) and "14 demonstrations instead of 20" in capsys.readouterr().out
+    knows[:] = False
+    with pytest.raises(SystemExit, match="pass --data"):
+        sft.play_expert(env, 1, 0., np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("lacks,flags,said", [("expert_action", {}, "no scripted expert: pass --data"), ("keypoints", dict(pretrain_tower=5), "no keypoints .*: pass --data")])
+def test_an_environment_without_expert_or_keypoints(tmp_path, monkeypatch, lacks, flags, said):
+    import envs
+    env = envs.make("tabletop-object", 4, 1)
+    has = SimpleNamespace(**{k: getattr(env, k) for k in ("suite", "num_envs", "expert_action", "keypoints") if k != lacks})
+    monkeypatch.setattr(envs, "make", lambda *a: has)
+    with pytest.raises(SystemExit, match=said):
+        sft.main(sft.Args(env="mine", run_dir=str(tmp_path / "run"), device="cpu", **flags))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_policy_in_between():
