@@ -188,7 +188,7 @@ def test_quick_has_its_own_folder(repo):
     assert ran == {"vla_opd", "dagger_forward_kl", "dagger_hard_ce", "grpo", "ppo", "road_vla", "road_vla_text", "sft", "evaluate"}
 
 
-@pytest.mark.parametrize("words,sentence", [("figure-9", "unknown: figure-9"), ("full opd-fig2", "full goes alone"), ("--seeds 0", "must be positive"), ("robotwin", "ROBOTWIN_ROOT")])
+@pytest.mark.parametrize("words,sentence", [("figure-9", "unknown: figure-9"), ("full opd-fig2", "full goes alone"), ("--seeds 0", "must be positive"), ("--seeds 10", "9 at most"), ("robotwin", "ROBOTWIN_ROOT")])
 def test_errors_are_one_sentence(repo, words, sentence):
     shutil.copytree(ROOT / "envs", repo[0] / "envs")
     status, _, err, _ = repo[1](words)
