@@ -505,7 +505,7 @@ def play_expert(env, demos_per_task, noise, rng, intruder=None):
                   if np.ptp(actions[i, :t], 0).any()]        # it stands still where it does not know the task
     if len(demos) < demos_per_task * tasks:
         print(f"the scripted expert of {env.suite.name} does not know some of the tasks: {len(demos)} demonstrations instead of {demos_per_task * tasks}")
-    return demos or sys.exit(f"no demonstrations: pass --data, a folder of HDF5 files")
+    return demos or sys.exit("no demonstrations: pass --data, a folder of HDF5 files")
 
 def read_hdf5(folder, demos_per_task):
     """The same from LIBERO's or robomimic's files, one a task; envs/libero.py's hold keypoints as well, {name: places [T, 2]}."""
