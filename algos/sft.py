@@ -27,11 +27,12 @@ RECIPES = dict(
     student=dict(student="base", demos_per_task=1, num_iterations=20, learning_rate=1.5e-3, batch_size=32),
     teacher=dict(student="base", demos_per_task=60, fresh_demos=True, num_iterations=4, learning_rate=5e-4, batch_size=32, demo_noise=.7,
                  eval_every=2))
-# At that learning rate some suites' students forget too little or too much.  The base has no second arm: student and teacher learn it from many demonstrations.
+# At that learning rate some suites' students forget too little or too much.  The base has no second arm: two-arm has one of its own.
 RECIPES |= {f"{suite}-student": RECIPES["student"] | dict(learning_rate=rate) for suite, rate in
             {"long": 1.2e-3, "unseen-table": 1.9e-3, "dynamic-texture": 1.8e-3, "dynamic-noise": 1.7e-3, "multi-receptacle": 2.5e-3}.items()}
-RECIPES |= {"two-arm-student": dict(student="base", demos_per_task=10, fresh_demos=True, num_iterations=3, learning_rate=1e-3, batch_size=32, demo_noise=.7),
-            "two-arm-teacher": dict(student="base", demos_per_task=20, fresh_demos=True, num_iterations=16, learning_rate=1e-3, batch_size=32, demo_noise=.7)}
+RECIPES |= {"two-arm-base": dict(student="base", demos_per_task=20, fresh_demos=True, num_iterations=16, learning_rate=1e-3, batch_size=32, demo_noise=.7),
+            "two-arm-student": RECIPES["student"] | dict(student="two-arm-base", learning_rate=2.2e-3),
+            "two-arm-teacher": RECIPES["teacher"] | dict(student="two-arm-base", demos_per_task=20)}
 
 @dataclass
 class Args:
@@ -53,7 +54,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
-    make: str = ""  # make a shipped checkpoint by its recipe, which overrides the other flags: tabletop-start, tabletop-base, ENV-student or ENV-teacher
+    make: str = ""  # make a shipped checkpoint by its recipe, which overrides the other flags: tabletop-start, tabletop-base, tabletop-two-arm-base, ENV-student, ENV-teacher
     data: str = ""  # folder of HDF5 demonstrations (LIBERO, robomimic); default: the suite's scripted expert
     batch_size: int = 128  # samples per optimiser step, in every process
     demos_per_task: int = 1  # demonstrations per task
@@ -591,8 +592,8 @@ def pretrain_tower(model, frames, steps, rng):
 def follow_recipe(args):
     """--make NAME: the flags of its recipe, and the folder the result goes to.  An interrupted one goes on where it was."""
     suite, _, role = args.make.rpartition("-")
-    if role not in RECIPES or suite not in (["tabletop"] if role in ("start", "base") else envs.known()):
-        raise SystemExit(f"--make {args.make}: not tabletop-start, tabletop-base, ENV-student or ENV-teacher with ENV one of {', '.join(envs.known())}")
+    if args.make not in ("tabletop-start", "tabletop-base", "tabletop-two-arm-base", *(f"{env}-{k}" for env in envs.known() for k in ("student", "teacher"))):
+        raise SystemExit(f"--make {args.make}: not tabletop-start, tabletop-base, tabletop-two-arm-base, ENV-student or ENV-teacher with ENV one of {', '.join(envs.known())}")
     recipe = dict(dict(env=suite, run_dir=f"runs/make-{args.make}-{args.seed}"), **RECIPES.get(args.make.removeprefix("tabletop-"), RECIPES[role]))
     if "student" in recipe:
         recipe["student"] = os.path.relpath(envs.checkpoint("tabletop", recipe["student"]))

@@ -416,8 +416,7 @@ def checkpoints():
     if suites:
         shown = lambda k, s, split="eval": cell(k, [s], split) if success(s, k, split) else ""
         yield "On the first evaluation states of each task. The base was trained for the most part before the textures of the dynamic suites were muted and"
-        yield "the layouts of spatial and goal varied more. The base has no second arm; the student of two-arm has seen 30 demonstrations per task, the"
-        yield "others one.\n"
+        yield "the layouts of spatial and goal varied more. The base has no second arm; two-arm has a base of its own.\n"
         yield from table(("suite", "base", "student", "teacher", "student, OOD"),
                          [(f"tabletop-{s}", *(shown(k, s) for k in ("base", "student", "teacher")), shown("student", s, "ood")) for s in suites])
 
