@@ -180,9 +180,9 @@ def opd_table3():
         yield "The paper's column is the average of its four RoboTwin tasks.\n"
         yield from table(("method", "seeds", "two-arm", "paper", "IQM"),
                          named(methods, "two-arm", lambda k: TABLE3.get(k, ""), lambda k: middle(k, ["two-arm"])))
-        for success in (c[1] for c in curves("two-arm", "opd-other-origin").values()):
+        for _, value in curves("two-arm", "opd-other-origin").values():
             yield "Student and teacher come from one base. Until commit 11c0f99 this student came from the base without a second arm, and distillation swung: success"
-            yield f"after each iteration {', '.join(f'{100 * v:.0f}' for v in success)}.\n"
+            yield f"after each iteration {', '.join(f'{100 * v:.0f}' for v in value)}.\n"
         compare("Distill is above its student (71.1, 45.2)", "opd-exact", "student", ["two-arm"])
         compare("Distill nearly matches the teacher (71.1, 74.0)", "opd-exact", "teacher", ["two-arm"], margin=.05)
 
