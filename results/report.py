@@ -182,7 +182,7 @@ def opd_table3():
                          named(methods, "two-arm", lambda k: TABLE3.get(k, ""), lambda k: middle(k, ["two-arm"])))
         for _, value in curves("two-arm", "opd-other-origin").values():
             yield "Student and teacher come from one base. Until commit 11c0f99 this student came from the base without a second arm, and distillation swung: success"
-            yield f"after each iteration {', '.join(f'{100 * v:.0f}' for v in value)}.\n"
+            yield f"before it and after each iteration {', '.join(f'{100 * v:.0f}' for v in value)}.\n"
         compare("Distill is above its student (71.1, 45.2)", "opd-exact", "student", ["two-arm"])
         compare("Distill nearly matches the teacher (71.1, 74.0)", "opd-exact", "teacher", ["two-arm"], margin=.05)
 
