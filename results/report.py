@@ -181,8 +181,8 @@ def opd_table3():
         yield from table(("method", "seeds", "two-arm", "paper", "IQM"),
                          named(methods, "two-arm", lambda k: TABLE3.get(k, ""), lambda k: middle(k, ["two-arm"])))
         for _, value in curves("two-arm", "opd-other-origin").values():
-            yield "Student and teacher come from one base. Until commit 11c0f99 this student came from the base without a second arm, and distillation swung: success"
-            yield f"before it and after each iteration {', '.join(f'{100 * v:.0f}' for v in value)}.\n"
+            yield "Student and teacher come from one base. Until commit 11c0f99 the student came from the base without a second arm; VLA-OPD's success from"
+            yield f"that one, before it and after each iteration: {', '.join(f'{100 * v:.0f}' for v in value)}.\n"
         compare("Distill is above its student (71.1, 45.2)", "opd-exact", "student", ["two-arm"])
         compare("Distill nearly matches the teacher (71.1, 74.0)", "opd-exact", "teacher", ["two-arm"], margin=.05)
 
@@ -353,8 +353,8 @@ def ever_less(text, algorithm, suites):
 def road_critic():
     home = "repositioning"
     if read(home, "road-warm"):
-        yield "The paper does not say where ROAD's current critic starts. Ours is a new one, which knows nothing and so cannot agree with the reference; one that starts"
-        yield "as the reference's value head (`--warm-critic`) can. First and last iteration, mean over the seeds, on tabletop-repositioning.\n"
+        yield "The paper does not say where ROAD's current critic starts. Ours is a new one; `--warm-critic` starts it as the reference's value head. First and last"
+        yield "iteration, mean over the seeds, on tabletop-repositioning.\n"
         yield from table(("variant", "seeds", "ID", "OOD", "critics agree", "variance of the returns explained"), named(
             [k for _, k in there(("ppo", "road", "road-warm"), [home])], home, lambda k: cell(k, [home], "ood"),
             lambda k: first_last(home, k, "losses/critic_agreement"), lambda k: first_last(home, k, "losses/explained_variance")))

@@ -240,6 +240,13 @@ def test_evaluation_is_repeatable(tmp_path, capsys, monkeypatch):
     assert all(r["success"] in "01" and r["grasped"] in "01" and 0 < int(r["steps"]) <= 64 for r in tables[0])
 
 
+@pytest.mark.parametrize("name,start", [("tabletop-object-student", "tabletop-base"), ("tabletop-two-arm-base", "tabletop-base"),
+                                        ("tabletop-two-arm-student", "tabletop-two-arm-base"), ("tabletop-two-arm-teacher", "tabletop-two-arm-base")])
+def test_recipes_start_from_one_base(name, start):
+    args, shipped = sft.follow_recipe(sft.Args(make=name, seed=3))
+    assert args.student.endswith(f"checkpoints/{start}") and shipped.name == name and name.startswith(args.env) and args.run_dir == f"runs/make-{name}-3"
+
+
 def test_evaluation_counts_the_right_episode(tmp_path, monkeypatch):
     """A policy that succeeds with some tasks and states only, in any order of play."""
     import envs
