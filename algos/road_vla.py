@@ -537,7 +537,7 @@ def main(args):
     episodes = args.num_episodes // world
     if args.num_episodes % world or episodes < 1 or args.updates_per_rollout < 1:
         sys.exit(f"--num-episodes {args.num_episodes} must divide among {world} processes, --updates-per-rollout be at least 1")
-    source = Path(args.reference.removesuffix("/checkpoint") or f"runs/{args.env}-ppo-{args.seed}")
+    source = Path(args.reference.rstrip("/").removesuffix("/checkpoint") or f"runs/{args.env}-ppo-{args.seed}")
     (source / "checkpoint" / "value_head.safetensors").exists() or sys.exit(f"{source} is no run of ppo.py, whose critic is the reference: make one with "
         f"`python algos/ppo.py --env {args.env}{f' --student {args.student}' * bool(args.student)} --seed {args.seed}`, or name one with --reference")
     asked, made = (json.loads((source / name).read_text()) for name in ("args.json", "checkpoint/progress.json"))

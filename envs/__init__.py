@@ -6,7 +6,7 @@ To add a simulator, write `class MyEnv(SimulatorEnv)` and add its names to SUITE
       splits   {"train": [...], "eval": [...]} initial states (integers), disjoint; shifted suites have an "ood" split as well, with scenes of its own
 and it has these methods, over all environments at once, where `live` is a boolean mask of those that count:
     _reset(i, task, init_state, split)   put environment i into that state, return its instruction; the same arguments always give the same state
-    _step(action [N, dim], live)         one step of the live ones; returns where the goal holds now, [N] bool
+    _step(action [N, dim], live)         one step of the live ones; returns where the goal holds now, [N] bool; self.broken[i] = True ends an episode
     _render(live)                        pictures of the live ones, uint8 [live.sum(), H, W, 3]
     _grasped()                           who holds the right object now, [N] bool; with nothing to hold, where the goal holds (fixed_horizon below pays for both)
     expert_action()                      (optional) the privileged expert's next action, [N, dim]
@@ -57,7 +57,7 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self.task, self.init_state, self.steps, self.in_a_row = (np.zeros(num_envs, int) for _ in range(4))
         self.done, self.split, self.fixed_horizon = np.ones(num_envs, bool), np.full(num_envs, "train", object), False
-        self.succeeded, self.grasped, self.kept, self.holds = (np.zeros(num_envs, bool) for _ in range(4))
+        self.succeeded, self.grasped, self.kept, self.holds, self.broken = (np.zeros(num_envs, bool) for _ in range(5))
         self.image, self.instruction = np.zeros((num_envs, suite.image, suite.image, 3), np.uint8), [""] * num_envs
 
     def reset(self, *, seed=None, options=None):
@@ -75,7 +75,7 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
         for i in np.flatnonzero(mask):
             self.task[i], self.init_state[i], self.split[i] = task[i], state[i], split
             self.instruction[i] = self._reset(i, int(task[i]), int(state[i]), split)
-        for state in (self.steps, self.in_a_row, self.done, self.succeeded, self.grasped, self.kept, self.holds):
+        for state in (self.steps, self.in_a_row, self.done, self.succeeded, self.grasped, self.kept, self.holds, self.broken):
             state[mask] = 0
         self.image[mask] = self._render(mask)
         return self._obs(), self._info(np.zeros(self.num_envs, int))
@@ -93,7 +93,7 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
             self.in_a_row = np.where(live, (self.in_a_row + 1) * self._grasped(), self.in_a_row)
             self.grasped, self.kept, self.succeeded = self.grasped | (self.in_a_row > 0), self.kept | (self.in_a_row >= 5), self.succeeded | self.holds
             self.steps += live
-            self.done |= (self.succeeded & (not self.fixed_horizon)) | (self.steps >= self.suite.max_steps)
+            self.done |= (self.succeeded & (not self.fixed_horizon)) | (self.steps >= self.suite.max_steps) | self.broken
         self.image[started] = self._render(started)
         reward = self._potential() - potential if self.fixed_horizon else self.succeeded & ~was
         terminated = self.succeeded & (not self.fixed_horizon)

@@ -94,7 +94,7 @@ class LiberoEnv(SimulatorEnv):
         limit = max_steps or next((int(k) for k in options if k.isdigit()), MAX_STEPS[suite])
         splits = dict(train=states, eval=states) if "all50" in options else dict(train=states[:40], eval=states[40:])
         super().__init__(Suite(f"libero-{name}", tasks, splits, limit, action_dim=7, chunk=8, image=224), min(num_envs, most), seed)
-        self.init_states, self.broken, self.answer = functools.cache(self.benchmark.get_task_init_states), np.zeros(self.num_envs, bool), [{}] * self.num_envs
+        self.init_states, self.answer = functools.cache(self.benchmark.get_task_init_states), [{}] * self.num_envs
         self.workers = [Replayed(f"libero-{name}: worker {i}", lambda: start("envs.libero_worker", words, os.environ["LIBERO_CONFIG_PATH"]), timeout, reset=120)
                         for i in range(self.num_envs)]
 
@@ -109,7 +109,7 @@ class LiberoEnv(SimulatorEnv):
             self.broken[i] = True
 
     def _reset(self, i, task, init_state, split):
-        self.broken[i], number = False, self.numbers[task]
+        number = self.numbers[task]
         self.workers[i].ask("reset", self.benchmark.get_task_bddl_file_path(number), self.init_states(number)[init_state], self.draw)
         return self.suite.tasks[task]
 
@@ -131,11 +131,7 @@ class LiberoEnv(SimulatorEnv):
                 self._wait(i)
                 if not self.broken[i]:
                     self.ran[:, i, :len(self.answer[i]["holds"])] = self.answer[i]["holds"], self.answer[i]["held"]
-        obs, reward, terminated, _, info = super().step(actions)
-        self.done |= self.broken
-        lost = self.broken & (info["steps"] > 1)                         # nobody knows how much of the chunk ran: one step
-        self.steps[lost], info["steps"][lost] = self.steps[lost] - info["steps"][lost] + 1, 1
-        return obs, reward, terminated, self.done & ~terminated, info
+        return super().step(actions)                                     # of a broken one's chunk, of which nobody knows how much ran, it counts a step
 
     def _step(self, action, live):                                       # the workers have done it: the base class goes through it step by step
         self.at += 1

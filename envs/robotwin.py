@@ -41,7 +41,7 @@ def start(root, words):
 class RoboTwinEnv(SimulatorEnv):
     def __init__(self, name, num_envs=1, seed=0, max_steps=None, seeds="", task_config="demo_randomized", instructions="", workers=None, timeout=1800):
         """task_config: one of RoboTwin's.  instructions: seen or unseen.  workers: at most so many environments (default: one a core).  timeout: seconds."""
-        self.workers, self.broken, self.timeout, task = [], np.zeros(0, bool), timeout, name.removesuffix("-simplevla")
+        self.workers, self.timeout, task = [], timeout, name.removesuffix("-simplevla")
         if task not in LIMITS:
             raise SystemExit(f"there is no robotwin-{name}: there are {', '.join(LIMITS)}, each also with -simplevla at its end")
         self.root, seeds, module = os.environ.get("ROBOTWIN_ROOT", ""), seeds or os.environ.get("ROBOTWIN_SEEDS", ""), task.replace("-", "_")
@@ -63,7 +63,7 @@ class RoboTwinEnv(SimulatorEnv):
         self.single_action_space = box(-2 * np.pi, 2 * np.pi, (25, 14), np.float32)          # radians
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, n)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, n)
-        self.state, self.broken, self.waiting, self.workers = np.zeros((n, 14), np.float32), np.zeros(n, bool), np.zeros(n, bool), [None] * n
+        self.state, self.waiting, self.workers = np.zeros((n, 14), np.float32), np.zeros(n, bool), [None] * n
 
     def _answer(self, i):
         """What worker i says; None if it failed, then it is gone."""
@@ -78,7 +78,7 @@ class RoboTwinEnv(SimulatorEnv):
 
     def _reset(self, i, task, init_state, split):
         seed, info = self.visited.get(init_state, (init_state, None))
-        self.workers[i], self.waiting[i], self.broken[i] = self.workers[i] or start(self.root, self.words), True, False
+        self.workers[i], self.waiting[i] = self.workers[i] or start(self.root, self.words), True
         self.workers[i].send("reset", seed, self.known, info, self.suite.max_steps)
         return ""                                                            # all of them at once; _render waits
 
@@ -105,11 +105,7 @@ class RoboTwinEnv(SimulatorEnv):
                 answer = self._answer(i)
                 self.broken[i] = answer is None
                 self.ran[i, :len(answer["holds"]) if answer else 0] = answer["holds"] if answer else []
-        obs, reward, terminated, _, info = super().step(actions)
-        self.done |= self.broken
-        lost = self.broken & (info["steps"] > 1)                             # nobody knows how much of the chunk ran: one step
-        self.steps[lost], info["steps"][lost] = self.steps[lost] - info["steps"][lost] + 1, 1
-        return obs, reward, terminated, self.done & ~terminated, info
+        return super().step(actions)                                         # of a broken one's chunk, of which nobody knows how much ran, it counts a step
 
     def _step(self, action, live):
         self.at += 1

@@ -98,6 +98,13 @@ def test_the_readme_quotes_the_run_on_libero():
     assert f"--run-dir runs/libero-opd                # {data.spent(rows)[1]:.0f}\n" in readme
 
 
+def test_the_readme_quotes_the_runs_on_maniskill():
+    (base,), (ppo,) = (data.read("maniskill-repositioning", k).values() for k in ("base", "ppo"))
+    readme = (RESULTS.parent / "README.md").read_text()
+    assert f"({100 * base[-1]['charts/eval_success']:.0f} % of {data.size(base[-1])} episodes), {data.spent(base)[1]:.0f} minutes without evaluation" in readme
+    assert f"# {data.spent(ppo)[1]:.0f} minutes; road_vla.py" in readme
+
+
 def test_ppo_and_road_on_another_simulator(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
     for k in ("ppo", "road"):

@@ -255,7 +255,7 @@ def test_the_reference_is_a_finished_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"has done {args['num_iterations']} of 7 iterations: finish it first"):
         critics.play(road_vla, tmp_path, "run", reference=str(source))
     (source / "args.json").write_text(json.dumps(args))
-    critics.play(road_vla, tmp_path, "run", reference=f"{source}/checkpoint", num_iterations=1)     # named as --student is
+    critics.play(road_vla, tmp_path, "run", reference=f"{source}/checkpoint/", num_iterations=1)     # named as --student is
 
 
 def test_evaluation_is_not_upside_down(tmp_path):
