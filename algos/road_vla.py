@@ -11,15 +11,16 @@ standardised advantage of its query; the student follows KL(teacher || student).
 What matters, and why
  1. w: the advantage of the current critic, mixed half and half with that of a frozen critic (scaled to the same mean and std: eq. 7), only where both have
     the same sign (eq. 8), standardised and clipped to +-2 (eq. 9).  Below-average tokens are pushed down; --positive-only leaves them alone.
- 2. The teacher q = softmax(z + eta w onehot(a)) is built from the current logits, without gradient.  p and q differ in one logit, so all tokens but the sampled
-    one keep their proportions: KL over 256 tokens is KL over two outcomes, and so is JSD.  The loss needs the sampled token's probability only, which PPO has
-    already: it is free where the paper pays 1.6 times PPO's time.  The reference's pass is not.
- 3. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (coefficient 0.5, entropy 0.01, the settings of PPO) reads as PPO + 0.5 of it: the default.
- 4. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
- 5. The current critic is a new one (or --student's, if ppo.py made that).  The paper does not say; its critics agree on 90 % of the signs at first, as with --warm-critic, which starts it as the reference's.
- 6. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
+ 2. The teacher q = softmax(z + eta w onehot(a)) is built from the current logits, without gradient.  p and q differ in one logit, so KL over 256 tokens is KL over
+    two outcomes, the sampled token or any other, and so is JSD: free, where the paper pays 1.6 times PPO's time (the reference's pass is not).
+ 3. Its gradient is -p (e^w - 1) grad log p, to first order in p, the sampled token's probability: PPO's times about p / 14 (coefficient 0.5, 7 tokens an action).
+    A policy as unsure as the tiny one hardly feels it (results/, ./benchmark.sh road-strength).  A w that knows nothing of the token does not cancel, as in PPO, it sharpens.
+ 4. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (coefficient 0.5, entropy 0.01) reads as PPO + 0.5 of it: the default.
+ 5. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
+ 6. The current critic is a new one (or --student's, if ppo.py made that).  The paper does not say; its critics agree on 90 % of the signs at first, as with --warm-critic.
+ 7. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
 """
-import datetime, json, math, os, re, shutil, sys, time
+import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,8 +187,7 @@ class VLA(nn.Module):
             f"{folder} needs OpenVLA's config.json and model*.safetensors (pickles, *.bin and *.pt, are never loaded: save them as safetensors first)")
         with torch.device("meta"):
             model = cls(config, PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None)
-        # towers are read at their second-to-last block: files also hold the last one, the final norm and a pooling head, for nobody
-        unread = re.compile("|".join(rf"vision_backbone\.{name}\.(blocks\.{t.get('depth', 0) - 1}|norm|attn_pool)\."
+        unread = re.compile("|".join(rf"vision_backbone\.{name}\.(blocks\.{t.get('depth', 0) - 1}|norm|attn_pool)\."     # past where a tower is read
                                      for name, t in zip(model.vision_backbone, model.towers)) + r"|.*rotary_emb\.inv_freq")
         weights = torch.float32 if trainable and not lora_rank else dtype     # what is trained stays float32, the arithmetic is dtype's
         state, wanted = {k: v.to(weights) for f in files for k, v in load_file(f).items() if not unread.match(k)}, model.state_dict()
@@ -245,6 +245,7 @@ class VLA(nn.Module):
             self.tokenizer or sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
             row, llama = self.tokenizer(self.prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
+            self.tokenizer.unk_token_id in row and warnings.warn("instructions have words that are not in this checkpoint's vocabulary: they all look alike to it")
         n = max(map(len, rows := [self.rows[t] for t in instructions]))
         both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
         return torch.tensor(both, device=self.device).unbind(1)
@@ -506,8 +507,7 @@ def distillation_weights(intrinsic, reference, args, world):
     return weight.relu() if args.positive_only else weight, agree
 
 def agd(logp, bump, divergence):
-    """Divergence of teacher and student at every token, of which `logp` was sampled and its logit raised by `bump` (eq. 10); the teacher is held fixed.  All other
-    tokens keep their proportions, so two outcomes tell all: the sampled token, any other."""
+    """Divergence of teacher (held fixed) and student at every token, of which `logp` was sampled and its logit raised by `bump` (eq. 10): that one, or any other."""
     other = (-logp.clamp(max=-1e-30).expm1()).log()                                      # log(1 - p)
     rise = torch.logaddexp(logp + bump, other) - torch.logaddexp(logp, other)            # of the softmax's denominator
     p, q = torch.stack([logp, other]), torch.stack([logp + bump - rise, other - rise]).detach()

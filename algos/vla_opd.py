@@ -20,7 +20,7 @@ What matters, and why
     RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
  7. Learning rate, temperature and optimiser steps per rollout are not in the paper; the defaults suit the tiny model.
 """
-import datetime, json, math, os, re, shutil, sys, time
+import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -174,8 +174,7 @@ class VLA(nn.Module):
             f"{folder} needs OpenVLA's config.json and model*.safetensors (pickles, *.bin and *.pt, are never loaded: save them as safetensors first)")
         with torch.device("meta"):
             model = cls(config, PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None)
-        # towers are read at their second-to-last block: files also hold the last one, the final norm and a pooling head, for nobody
-        unread = re.compile("|".join(rf"vision_backbone\.{name}\.(blocks\.{t.get('depth', 0) - 1}|norm|attn_pool)\."
+        unread = re.compile("|".join(rf"vision_backbone\.{name}\.(blocks\.{t.get('depth', 0) - 1}|norm|attn_pool)\."     # past where a tower is read
                                      for name, t in zip(model.vision_backbone, model.towers)) + r"|.*rotary_emb\.inv_freq")
         weights = torch.float32 if trainable and not lora_rank else dtype     # what is trained stays float32, the arithmetic is dtype's
         state, wanted = {k: v.to(weights) for f in files for k, v in load_file(f).items() if not unread.match(k)}, model.state_dict()
@@ -233,6 +232,7 @@ class VLA(nn.Module):
             self.tokenizer or sys.exit("this checkpoint has no tokenizer.json: copy the one of its base model into its folder")
             row, llama = self.tokenizer(self.prompt.format(instruction=text.lower())).input_ids, self.tokenizer.convert_tokens_to_ids("▁") == LONE
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
+            self.tokenizer.unk_token_id in row and warnings.warn("instructions have words that are not in this checkpoint's vocabulary: they all look alike to it")
         n = max(map(len, rows := [self.rows[t] for t in instructions]))
         both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
         return torch.tensor(both, device=self.device).unbind(1)

@@ -217,6 +217,14 @@ def test_padded_batch_is_one_by_one(decoding, tiny):
         assert torch.equal(t, tokens[i:i + 1]) and worst(p, lp[i:i + 1]) < 1e-5
 
 
+def test_unknown_words_are_told(tiny, recwarn):
+    model = tiny()
+    model.tokenize(TEXTS)
+    assert not [w for w in recwarn if "vocabulary" in str(w.message)]
+    with pytest.warns(UserWarning, match="not in this checkpoint's vocabulary"):
+        model.tokenize([*TEXTS, "pick up the zeppelin"])
+
+
 def test_sees_and_reads(tiny):
     model = tiny()
     images, texts = batch(model)
