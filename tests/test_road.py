@@ -88,6 +88,37 @@ def test_float32(kind):
     assert unsure.sum() > 100 and value.isfinite().all() and torch.autograd.grad(value.sum(), logits)[0].isfinite().all()
 
 
+def gradients(logits, w):
+    """With respect to logits [N, 256]: of the distillation and of PPO's surrogate, expected over the tokens."""
+    p, tokens = logits.softmax(-1), torch.arange(BINS).expand(len(logits), -1)
+    leaf = logits.clone().requires_grad_()
+    logp = leaf.log_softmax(-1).gather(-1, tokens)
+    losses = agd(logp, torch.tensor(w), "fkl"), -(logp - logp.detach()).exp() * w
+    return [torch.autograd.grad((p * loss).sum(), leaf, retain_graph=True)[0] for loss in losses]
+
+
+def test_how_strong_the_distillation_is():
+    """A sampled token's gradient is PPO's times p (e^w - 1) / w / 7, to first order in p."""
+    for p in (.001, .01, .05):
+        logits, tokens = torch.zeros(1, BINS, dtype=torch.float64), torch.tensor([[9]])
+        logits[0, 9] = math.log(p / (1 - p) * (BINS - 1))
+        for w in (-1., .2, 1.):
+            leaf = logits.clone().requires_grad_()
+            logp = leaf.log_softmax(-1).gather(-1, tokens)[:, 0]
+            mine, ppos = (torch.autograd.grad(x.sum(), leaf)[0] for x in (closed(leaf, tokens[0], torch.tensor([w], dtype=torch.float64), "fkl") / 7, -w * (logp - logp.detach()).exp()))
+            torch.testing.assert_close(mine, ppos * p * math.expm1(w) / w / 7, rtol=3 * p, atol=1e-12)
+
+
+def test_a_weight_that_knows_nothing_sharpens():
+    """Averaged over tokens and over w of either sign, PPO's gradient is nothing; the distillation's raises the sum of p^2."""
+    logits = .5 * torch.randn(3, BINS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mine, ppos = (sum(g) for g in zip(gradients(logits, 1.), gradients(logits, -1.)))
+    assert ppos.abs().max() < 1e-15
+    leaf = logits.clone().requires_grad_()
+    peak, = torch.autograd.grad(leaf.softmax(-1).square().sum(), leaf)
+    torch.testing.assert_close(mine, -(math.cosh(1) - 1) * peak, rtol=.1, atol=.02 * peak.abs().max().item())
+
+
 def test_jensen_shannon():
     """Bounded, symmetric; half the KL's curvature of it: a quarter of KL for small bumps."""
     logits, tokens, bump = cases(bumps=(-40., -2., 2., 40.))
