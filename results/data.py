@@ -19,15 +19,17 @@ STYLE = {
     "teacher": ("Teacher", "#999999", ":"), "base": ("Base", "#999999", "--"), "student": ("Student", "#999999", "-"), "grpo": ("GRPO", "#000000", "-"),
     "ppo": ("PPO", "#999999", "-"), "ppo-long": ("PPO, 200 iterations", "#999999", "--"), "sft-many": ("SFT, 50 demonstrations a task", "#009e73", "-"),
     "opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "opd-sampled": ("VLA-OPD, sampled", "#0072b2", "-"), "distill-grpo": ("Distill + GRPO", "#d55e00", "--"),
-    "distill-grpo-long": ("Distill + GRPO, 30 iterations", "#d55e00", "-."),
-    "distill-grpo-slow": ("Distill + GRPO, 30 iterations, learning rate 1e-4", "#d55e00", ":"),
-    "opd-rollout-reward": ("VLA-OPD, sampled, reward of the rollout policy", "#f0e442", "-"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00", "-"),
+    "distill-grpo-long": ("Distill + GRPO, longer", "#d55e00", "-."),
+    "distill-grpo-slow": ("Distill + GRPO, longer, learning rate 1e-4", "#d55e00", ":"),
+    "all-states-opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "all-states-distill-grpo-slow": ("Distill + GRPO, longer, learning rate 1e-4", "#d55e00", ":"),
+    "opd-rollout-reward": ("VLA-OPD, sampled, log p in the reward of the policy that played", "#f0e442", "-"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00", "-"),
     "opd-g4": ("VLA-OPD, exact, G = 4", "#cc79a7", "-"), "dagger-fkl": ("DAgger, forward KL", "#009e73", "-"), "dagger-ce": ("DAgger, hard CE", "#cc79a7", "-"),
     "plain-teacher": ("plain teacher", "#999999", ":"), "plain-exact": ("VLA-OPD, exact, plain teacher", "#d55e00", ":"),
     "plain-sampled": ("VLA-OPD, sampled, plain teacher", "#0072b2", ":"), "plain-fkl": ("DAgger, forward KL, plain teacher", "#009e73", ":"),
     "plain-ce": ("DAgger, hard CE, plain teacher", "#cc79a7", ":"), "fkl-fine": ("DAgger, forward KL, 2 updates an iteration", "#009e73", ":"),
     "road": ("ROAD-VLA", "#56b4e9", "-"), "road-long": ("ROAD-VLA, 160 iterations", "#56b4e9", "--"),
     "road-warm": ("ROAD-VLA, critic from the reference", "#56b4e9", ":"),
+    "road-even": ("ROAD-VLA, distillation as strong as PPO", "#0072b2", "--"), "road-alone": ("ROAD-VLA, distillation alone", "#009e73", "--"),
     "road-alpha-0": ("ROAD-VLA, alpha = 0", "#0072b2", "-"), "road-alpha-1": ("ROAD-VLA, alpha = 1", "#d55e00", "-"),
     "road-jsd": ("ROAD-VLA, JSD", "#009e73", "-"), "road-no-gate": ("ROAD-VLA, no gate", "#e69f00", "-"), "road-positive": ("ROAD-VLA, positive only", "#cc79a7", "-"),
     "text-mcts": ("text teacher: MCTS", "#0072b2", "-"), "text-rel-spatial": ("text teacher: RelSpatial", "#d55e00", "-"),
@@ -74,11 +76,11 @@ def there(algorithms, suites):
     return [(suite, k) for suite in suites for k in algorithms if read(suite, k)]
 
 
-def played(suite, algorithm, split="eval"):
+def played(suite, algorithm, split="eval", key="success"):
     """{seed: {(task, state): success}} of the evaluation's episodes."""
     found = find(FOLDER / "episodes", suite, algorithm, ".csv" if split == "eval" else "-ood.csv")
     used.update(p.stem.removesuffix("-ood") for p in found.values())
-    return {seed: {(r["task"], r["init_state"]): r["success"] for r in parse(p)} for seed, p in found.items()}
+    return {seed: {(r["task"], r["init_state"]): r[key] for r in parse(p)} for seed, p in found.items()}
 
 
 def tasks(episodes):

@@ -11,10 +11,11 @@ from data import SHIFTS, STYLE, curve, curves, ends, read, there
 matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 180})
 STEPS, ITERATION, SUCCESS, ENTROPY = "environment steps, thousands", "iteration", "greedy success", "entropy, nats a token"
 OOD = "charts/ood_success"
+OKABE_ITO = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
 
 
-def band(axis, suite, algorithm, key="charts/eval_success", x="steps"):
-    lines, (label, colour, line) = curves(suite, algorithm, key, x), STYLE[algorithm]
+def band(axis, suite, algorithm, key="charts/eval_success", x="steps", label=""):
+    lines, (name, colour, line) = curves(suite, algorithm, key, x), STYLE[algorithm]
     if algorithm == "distill-grpo":                      # goes on where distillation ended
         before = curves(suite, "opd-exact", x=x)
         lines = {seed: c + [[before[seed][0][-1]], [0]] for seed, c in lines.items() if seed in before}
@@ -27,7 +28,7 @@ def band(axis, suite, algorithm, key="charts/eval_success", x="steps"):
         (seed, c), = lines.items()
         low, high = (np.interp(grid, c[0], curve(read(suite, algorithm)[seed], key.replace("success", end))[1]) for end in ("low", "high"))
     scale = 1e-3 if x == "steps" else 1
-    axis.plot(scale * grid, y.mean(0), color=colour, ls=line, lw=1.3, label=label)
+    axis.plot(scale * grid, y.mean(0), color=colour, ls=line, lw=1.3, label=(label or name) + " (one seed)" * (len(y) == 1))
     axis.fill_between(scale * grid, low, high, color=colour, alpha=.18, lw=0)
 
 
@@ -43,8 +44,8 @@ def save(figure, name, columns=4):
     figure.savefig(data.FOLDER / name)
 
 
-def grid_of(name, algorithms, suites, columns, legend=4):
-    """A row of panels a suite; columns: (key, x, y label, x label)."""
+def grid_of(name, algorithms, suites, columns, legend=4, labels={}):
+    """A row of panels a suite; columns: (key, x, y label, x label); labels: where the usual ones do not fit."""
     suites = list(dict.fromkeys(suite for suite, _ in there(algorithms, suites)))
     if not suites:
         return
@@ -52,10 +53,10 @@ def grid_of(name, algorithms, suites, columns, legend=4):
     for line, suite in zip(axes, suites):
         for axis, (key, x, label, below) in zip(line, columns):
             for k in algorithms:
-                band(axis, suite, k, key, x)
+                band(axis, suite, k, key, x, labels.get(k))
             if key == "charts/eval_success":
                 for value in ends("teacher", [suite])[0]:
-                    axis.axhline(value, color="#999999", ls=":", lw=1, label="Teacher")
+                    axis.axhline(value, color="#000000", ls=":", lw=.8, label="Teacher")
             axis.set(title=f"tabletop-{suite}", ylabel=label, xlabel=below if suite == suites[-1] else "")
             key.endswith("success") and axis.set_ylim(0, 1)
     save(figure, name, legend)
@@ -78,7 +79,8 @@ def draw():
             [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)], 5)
     grid_of("opd-fig4.png", ("opd-exact", "opd-sampled", "dagger-fkl", "dagger-ce"), ["object", "two-arm"],
             [(eval_, "iteration", SUCCESS, ITERATION), ("losses/entropy", "iteration", ENTROPY, ITERATION)], 5)
-    grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)])
+    grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)],
+            labels={"opd-exact": "VLA-OPD, exact, G = 8"})
     for name, others in (("alpha", ("road-alpha-0", "road", "road-alpha-1")), ("reference", (*(f"road-reference-{n}" for n in (10, 20, 30)), "road"))):
         if len(there(others, ["repositioning"])) > 1:
             grid_of(f"road-{name}.png", others, ["repositioning"],
@@ -112,7 +114,7 @@ def draw():
             for axis, key in zip(axes[0][1:], ("losses/mean_weight", "losses/critic_agreement")):
                 lines = [c[1] for c in curves(suite, "road", key, "iteration").values()]
                 mean = np.convolve(np.mean([c[:min(map(len, lines))] for c in lines], 0), np.ones(5) / 5, "valid")
-                axis.plot(3 + np.arange(len(mean)), mean, color=matplotlib.colormaps["cividis"](i / 7), lw=1.1, label=suite)
+                axis.plot(3 + np.arange(len(mean)), mean, color=OKABE_ITO[i], ls="--" if i % 2 else "-", lw=1.1, label=suite)
         for axis, label, title in zip(axes[0], (ENTROPY, "mean advantage weight", "critics agree"), ("tabletop-repositioning", *["running mean of 5 iterations"] * 2)):
             axis.set(xlabel=ITERATION, ylabel=label, title=title)
         axes[0][1].axhline(0, color="#999999", lw=.6)
@@ -142,5 +144,5 @@ def draw():
         for axis, (name, rows) in zip(axes.flat, runs.items()):
             learning(axis, rows)
             axis.set_ylabel("success" if axis in axes[:, 0] else "")
-            axis.set_title(re.sub("(.{18}[^-]*)-", r"\1\n-", name), fontsize=6)
+            axis.set_title(name.removesuffix("-1").replace("libero-object-nomsaa", "LIBERO").replace("-150-tasks13479", ", 5 tasks").replace("-opd", ":  opd"), fontsize=7)
         save(figure, "simulators.png")

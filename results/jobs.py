@@ -16,12 +16,14 @@ ALGORITHMS = {
     "dagger-ce": "dagger_hard_ce.py --eval-every 1",
     "grpo": "grpo.py --eval-every 1", "distill-grpo": "grpo.py --eval-every 1 --num-iterations 6 --student {opd-exact}/checkpoint",
     "distill-grpo-long": "grpo.py --eval-every 5 --num-iterations 30 --student {opd-exact}/checkpoint",
-    "distill-grpo-slow": "grpo.py --eval-every 5 --num-iterations 30 --learning-rate 1e-4 --student {opd-exact}/checkpoint",
+    "distill-grpo-slow": "grpo.py --eval-every 10 --num-iterations 120 --learning-rate 1e-4 --student {opd-exact}/checkpoint",
     # Plain fine-tuning: the teacher's recipe (sft.py) without the disturbances, from the student as all others.
     "sft-many": "sft.py --student checkpoints/{env}-student --demos-per-task 50 --num-iterations 4 --learning-rate 5e-4 --batch-size 32 --eval-every 1",
     "ppo": "ppo.py --eval-every 10 --entropy-coefficient 0.01", "ppo-long": "ppo.py --eval-every 20 --entropy-coefficient 0.01 --num-iterations 200",
     "road": "road_vla.py --eval-every 10 --reference {ppo}", "road-long": "road_vla.py --eval-every 20 --reference {ppo} --num-iterations 160",
     "road-warm": "road_vla.py --eval-every 10 --reference {ppo} --warm-critic",
+    "road-even": "road_vla.py --eval-every 10 --reference {ppo} --distill-coefficient 90",
+    "road-alone": "road_vla.py --eval-every 10 --reference {ppo} --distill-coefficient 90 --no-ppo-term --entropy-coefficient 0",
     "road-jsd": "road_vla.py --eval-every 10 --reference {ppo} --divergence jsd",
     "road-no-gate": "road_vla.py --eval-every 10 --reference {ppo} --no-gate", "road-positive": "road_vla.py --eval-every 10 --reference {ppo} --positive-only",
     "road-alpha-0": "road_vla.py --eval-every 10 --reference {ppo} --alpha 0", "road-alpha-1": "road_vla.py --eval-every 10 --reference {ppo} --alpha 1",
@@ -39,9 +41,10 @@ ALGORITHMS = {
     "base": "evaluate.py --checkpoint checkpoints/tabletop-base", "student": "evaluate.py --checkpoint checkpoints/{env}-student",
     "teacher": "evaluate.py --checkpoint checkpoints/{env}-teacher", "forget-student": "evaluate.py --checkpoint checkpoints/tabletop-object-student",
     **{f"forget-{k}": f"evaluate.py --checkpoint {{object/{k}}}/checkpoint" for k in ("sft-many", "grpo", "opd-exact", "distill-grpo")},
-    "cost": "../results/cost.py", "entropy": "../results/teacher.py"}
+    **{f"all-states-{k}": f"evaluate.py --checkpoint {{{k}}}/checkpoint --episodes-per-task 100" for k in ("opd-exact", "distill-grpo-slow")},
+    "cost": "../results/cost.py", "gradients": "../results/gradients.py", "entropy": "../results/teacher.py"}
 TABLES = [                                               # table or figure, suites, algorithms, in the order of `full`, after seed and tabletop-object
-    ("opd-table2", SUITES, "student teacher opd-exact grpo distill-grpo sft-many"), ("opd-table2", ("object",), "distill-grpo-long distill-grpo-slow"),
+    ("opd-table2", SUITES, "student teacher opd-exact grpo distill-grpo sft-many"), ("opd-table2", ("object",), "distill-grpo-long distill-grpo-slow all-states-opd-exact all-states-distill-grpo-slow"),
     ("opd-fig2", ("object", "long"), "student teacher opd-exact grpo opd-sampled distill-grpo"),
     ("opd-fig4", ("object", "two-arm"), "opd-exact opd-sampled dagger-fkl dagger-ce"), ("opd-fig4", ("",), "entropy"),
     ("opd-fig4", ("object",), "plain-exact plain-sampled plain-fkl plain-ce fkl-fine"),
@@ -56,6 +59,7 @@ TABLES = [                                               # table or figure, suit
     ("road-alpha", ("repositioning",), "road-alpha-0 road road-alpha-1"),
     ("road-reference", ("repositioning",), "road-reference-10 road-reference-20 road-reference-30 road"),
     ("road-cost", ("",), "cost"), ("road-critic", ("repositioning",), "ppo road road-warm"),
+    ("road-strength", ("repositioning",), "ppo road road-even road-alone"), ("road-strength", ("",), "gradients"),
     ("road-long", ("repositioning",), "ppo road ppo-long road-long"),
     ("checkpoints", (*SUITES, *SHIFTS), "base"), ("checkpoints", (*SUITES, *SHIFTS, "two-arm"), "student teacher")]
 QUICK = [("quick", ("object",), "student teacher opd-exact grpo opd-sampled opd-g2 dagger-fkl dagger-ce distill-grpo sft-many ppo road"),
@@ -142,8 +146,8 @@ class Job:
         if self.script != "evaluate":
             yield self.words + (["--run-dir", f"{folder}"] + ["--resume"] * go_on if self.splits else [])
         for split in self.splits:
-            play = self.words if self.script == "evaluate" else ["algos/evaluate.py", "--env", self.env, "--checkpoint", f"{folder}/checkpoint"]
-            yield [*play, *self.play, "--split", split, "--run-dir", f"{folder}/{split}"]
+            script, *flags = self.words if self.script == "evaluate" else ["algos/evaluate.py", "--env", self.env, "--checkpoint", f"{folder}/checkpoint"]
+            yield [script, *self.play, *flags, "--split", split, "--run-dir", f"{folder}/{split}"]           # of a flag twice the last one counts
 
     def collect(self, results):
         (results / "episodes").mkdir(parents=True, exist_ok=True)

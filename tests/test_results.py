@@ -35,7 +35,7 @@ def test_page_is_what_the_files_say(tmp_path):
 def fill(folder, every, chance):
     """Files as ./benchmark.sh leaves them; success by chance(name)."""
     (folder / "episodes").mkdir()
-    for name in ("cost.json", "teacher.json"):
+    for name in ("cost.json", "gradients.json", "teacher.json"):
         shutil.copy(RESULTS / name, folder)
     rng = np.random.default_rng(0)
     for job in every.values():
@@ -92,10 +92,16 @@ def test_the_readme_quotes_the_run_on_libero():
     (rows,), (teacher,) = (data.read(data.MINIATURE, k).values() for k in ("opd-forgot", "teacher-policy-demos"))
     greedy, sampled = ([f"{100 * r[k]:.0f}" for r in rows if k in r] for k in ("charts/eval_success", "charts/success_rate"))
     said = (f"In {rows[-1]['step']:.0f} iterations greedy success rose from {greedy[0]} to {greedy[-1]} % of {data.size(rows[0])} episodes, sampled success from {sampled[0]} "
-            f"to {sampled[-1]} % of {rows[1]['charts/episodes']:.0f}; the teacher has {100 * teacher[-1]['charts/eval_success']:.0f} %")
+            f"to {max(sampled, key=int)}, then {sampled[-1]} % of {rows[1]['charts/episodes']:.0f}; the teacher has {100 * teacher[-1]['charts/eval_success']:.0f} % of {data.size(teacher[-1])}")
     readme = (RESULTS.parent / "README.md").read_text()
     assert said in " ".join(readme.split()), said
     assert f"--run-dir runs/libero-opd                # {data.spent(rows)[1]:.0f}\n" in readme
+
+
+def test_the_readme_quotes_the_checkpoints():
+    student, base, teacher = (data.ends(k, ["object"])[0][0] for k in ("student", "base", "teacher"))
+    said = f"({100 * student:.1f} %: a base of {100 * base:.0f} %, made to forget); VLA-OPD and DAgger also use a teacher ({100 * teacher:.0f} %)"
+    assert said in (RESULTS.parent / "README.md").read_text()
 
 
 def test_the_readme_quotes_the_runs_on_maniskill():
@@ -112,7 +118,12 @@ def test_ppo_and_road_on_another_simulator(tmp_path, monkeypatch):
     page, (first, *_, last) = report.page(), data.parse(RESULTS / "tabletop-repositioning-road-1.csv")
     steps = sum(r.get("charts/env_steps", 0) for k in ("ppo", "road") for r in data.parse(RESULTS / f"tabletop-repositioning-{k}-1.csv"))
     line, = [line for line in page.splitlines() if line.startswith("| ROAD-VLA | 1 |")]
-    assert f"{first['charts/ood_success']:.3f}, {last['charts/ood_success']:.3f}" in line and f"| {steps:.0f} |" in line and "simulators.png" not in page
+    shown = "| {:.0f} | {:.1f} [".format(*(100 * r["charts/ood_success"] for r in (first, last)))
+    assert shown in line and f"| {steps:.0f} |" in line and "simulators.png" not in page
+    (tmp_path / "episodes").mkdir()                      # and where its episodes are, these count
+    (tmp_path / "episodes" / "maniskill-repositioning-road-1-ood.csv").write_text("task,init_state,success,grasped\n" + "".join(f"0,{i},{i % 4 == 0:d},{i % 2}\n" for i in range(100)))
+    line, = [line for line in report.page().splitlines() if line.startswith("| ROAD-VLA | 1 |")]
+    assert "| 25.0 [17.5, 34.3] |" in line and "| 50 |" in line
     assert page.count("ROAD is above PPO out of distribution (maniskill-repositioning) | higher |") == 1
     figures.draw()
     assert [p.name for p in tmp_path.glob("*.png")] == ["maniskill-repositioning.png"]
