@@ -3,8 +3,8 @@
     python algos/evaluate.py --checkpoint runs/tabletop-object-vla_opd-1/checkpoint --env tabletop-object
     python algos/evaluate.py --checkpoint checkpoints/tabletop-base --env tabletop-init-pose --split ood
 
-Initial states are the first ones of the split ("eval" and "train" are disjoint), the same for every checkpoint, so that comparisons are paired.
-Writes episodes.csv: one row per episode.
+Initial states are the first ones of the split ("eval" and "train" are disjoint, but for libero-*-all50), the same for every checkpoint, so that comparisons are
+paired.  Writes episodes.csv: one row per episode.
 """
 import csv, datetime, json, math, os, re, sys, time, warnings
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ class Args:
     checkpoint: str = ""  # a folder or a hub id (default: the suite's own student)
     env: str = "tabletop-object"  # which environment; an unknown name lists all
     split: str = "eval"  # initial states: eval, train (seen in training), ood where the suite has one
-    episodes_per_task: int = 50  # initial states per task
+    episodes_per_task: int = 50  # initial states per task, at most as many as the split has
     temperature: float = 1.0  # of the sampled evaluation
     seed: int = 1  # of the sampled actions and of what changes during an episode
     num_envs: int = 256  # environments played side by side
     query_batch_size: int = 512  # queries per pass
-    run_dir: str = ""  # where episodes.csv goes (default: runs/evaluate-ENV-SPLIT-CHECKPOINT)
+    run_dir: str = ""  # where episodes.csv goes (default: runs/evaluate-ENV-SPLIT-CHECKPOINT-SEED)
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model
     load_in_4bit: bool = False  # keep the language model in 4 bits
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
@@ -302,12 +302,12 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames, result = torch.Generator(model.device).manual_seed(seed), [] if video else None, np.zeros((3, len(task)))
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed + (rank << 32)), [] if video else None, np.zeros((3, len(task)))
     if rank < len(task):
         played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
         result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
     if video and rank == 0:                          # up to 16 episodes side by side, a frame a query
-        grid = [Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
+        grid = [Image.fromarray(np.vstack([np.hstack(row) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
@@ -326,7 +326,7 @@ def setup(args):
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     positive = "num_envs num_iterations batch_size micro_batch_size query_batch_size temperature max_grad_norm group_size demos_per_task eval_every " \
                "eval_episodes_per_task episodes_per_task"
-    if wrong := [k for k, v in (dict.fromkeys(positive.split(), 1e-9) | dict(seed=0, eval_temperature=0)).items() if getattr(args, k, v) < v]:
+    if wrong := [k for k in positive.split() if getattr(args, k, 1) <= 0] + [k for k in ("seed", "eval_temperature") if getattr(args, k, 0) < 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])} is too small")
     if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU here that torch can use; try --device cpu")
@@ -344,8 +344,8 @@ def main(args):
         sys.exit(f"{args.env} has no split {args.split!r}: there are {', '.join(env.suite.splits)}")
     checkpoint = args.checkpoint or envs.checkpoint(args.env, "student")
     model = VLA.load(checkpoint, device, getattr(torch, args.dtype), load_in_4bit=args.load_in_4bit, trainable=False)
-    name = Path(checkpoint).resolve().parts[-2 if Path(checkpoint).name == "checkpoint" else -1]         # of a run: the run's
-    folder = Path(args.run_dir or f"runs/evaluate-{args.env}-{args.split}-{name}")
+    name = Path(f"{Path(checkpoint).resolve()}".removesuffix("/checkpoint")).name         # of a run: the run's
+    folder = Path(args.run_dir or f"runs/evaluate-{args.env}-{args.split}-{name}-{args.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     states, rows = env.suite.splits[args.split][:args.episodes_per_task], []
     rank == 0 and print(f"{checkpoint} on {args.env}, split {args.split}, {len(env.suite.tasks)} tasks x {len(states)} initial states")

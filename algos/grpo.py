@@ -3,14 +3,14 @@
     python algos/grpo.py --env tabletop-object                          # a laptop: 2 cores, minutes
     python algos/grpo.py --student runs/tabletop-object-vla_opd-1/checkpoint    # VLA-OPD's "Distill + GRPO"
     torchrun --nproc-per-node 8 algos/grpo.py --env ENV --student 7B --lora-rank 32 --dtype bfloat16 --learning-rate 5e-6 --temperature 1.6 --updates-per-rollout 4 \\
-        --micro-batch-size 8 --query-batch-size 32 --num-envs 64
+        --adam-eps 1e-8 --micro-batch-size 8 --query-batch-size 32 --num-envs 64
 
 SimpleVLA-RL's GRPO: G trajectories of the same prompt, reward 1 for success, the advantage is the reward relative to the group's.  Departures: (*).
 
 What matters, and why
  1. A = (R - group mean) / (group std + 1e-6), unbiased std, the same on every token of a trajectory.  No KL to a reference, no entropy bonus, no critic.
- 2. Dynamic sampling: groups with a success rate outside [--keep-low, --keep-high] are replaced by new prompts; all-equal ones teach nothing, A = 0.  (*) At
-    most --max-rollouts times, then it learns from what there is; kept and dropped groups are logged.  (RLinf drops without replacing, and averages over all.)
+ 2. Dynamic sampling: groups with a success rate outside [--keep-low, --keep-high] are replaced by new prompts; all-equal ones teach nothing, A = 0.  (*) In
+    --max-rollouts rollouts at most, then it learns from what there is; kept and dropped groups are logged.  (RLinf drops without replacing, and averages over all.)
  3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them (of all models).
  4. Clip-higher: a token's ratio p/p_old may rise by 0.28 but fall by 0.2 only, so that rare tokens can grow.
  5. --loss-agg seq: the mean over an optimiser step's trajectories of the mean over a trajectory's tokens; token: the mean over all tokens.
@@ -36,19 +36,20 @@ class Args:
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
     max_grad_norm: float = 1.0  # gradient clipping
-    lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything
+    lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank); a teacher stays in --dtype
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model; trained weights and log-probabilities stay float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
     eval_every: int = 5  # evaluate every so many iterations, and at the end
-    eval_episodes_per_task: int = 20  # evaluation episodes per task, on initial states never trained on
+    eval_episodes_per_task: int = 20  # evaluation episodes per task, on so many (or all) of the split's initial states, not those of training
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
-    compile: bool = False  # torch.compile the models (needs a C++ compiler)
+    compile: bool = False  # torch.compile the models (needs a C++ compiler); autoregressive acting stays as it is
     capture_video: bool = False  # write a GIF of the final evaluation
     num_iterations: int = 10  # rollout + update rounds
     learning_rate: float = 4e-4  # AdamW's, constant
+    adam_eps: float = 1e-5  # AdamW's epsilon; at 7 B 1e-8, as SimpleVLA-RL and RL4VLA
     batch_prompts: int = 64  # prompts (task and initial state) to learn from per iteration, over all processes: the paper's B
     group_size: int = 8  # trajectories per prompt: the paper's G
     temperature: float = 1.0  # of sampling, and of every probability
@@ -335,12 +336,12 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames, result = torch.Generator(model.device).manual_seed(seed), [] if video else None, np.zeros((3, len(task)))
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed + (rank << 32)), [] if video else None, np.zeros((3, len(task)))
     if rank < len(task):
         played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
         result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
     if video and rank == 0:                          # up to 16 episodes side by side, a frame a query
-        grid = [Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
+        grid = [Image.fromarray(np.vstack([np.hstack(row) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
@@ -423,7 +424,7 @@ class Run:
         axis.errorbar(x, y, [y - low, high - y], color="#d55e00", marker="o", capsize=3, label="evaluation, 95 %")
         axis.set(xlabel="iteration", ylabel="success rate", ylim=(0, 1), title=title)
         axis.legend(frameon=False), figure.savefig(self.dir / "curve.png", dpi=150)
-        for when, i in (("before", 0), ("after", -1))[int(x[0] > 0) if len(x) else 2:]:    # sft.py looks only after
+        for when, i in [("before", 0)] * (0 in x) + [("after", -1)] * (len(x) > 0):        # sft.py looks only after
             print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
 
@@ -433,7 +434,7 @@ def setup(args):
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     positive = "num_envs num_iterations batch_size micro_batch_size query_batch_size temperature max_grad_norm group_size demos_per_task eval_every " \
                "eval_episodes_per_task episodes_per_task"
-    if wrong := [k for k, v in (dict.fromkeys(positive.split(), 1e-9) | dict(seed=0, eval_temperature=0)).items() if getattr(args, k, v) < v]:
+    if wrong := [k for k in positive.split() if getattr(args, k, 1) <= 0] + [k for k in ("seed", "eval_temperature") if getattr(args, k, 0) < 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])} is too small")
     if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU here that torch can use; try --device cpu")
@@ -445,11 +446,11 @@ def setup(args):
 
 # --- block weights
 def token_weights(mask, episode, num_episodes, agg, world):
-    """[Q, K]: what a token counts.  num_episodes are this process's, `episode` [Q] numbers them."""
+    """[Q, K]: what a token counts.  num_episodes are this process's, `episode` [Q] says which one a query belongs to."""
     if agg == "token":
         return mask / all_sum(mask.sum(), world)
     if agg == "seq":
-        mask = mask / torch.zeros(num_episodes).index_add(0, episode, mask.sum(1).float())[episode][:, None]
+        mask = mask / torch.bincount(episode, mask.sum(1).float())[episode][:, None]
     return mask / all_sum(torch.tensor(num_episodes), world)
 # --- end weights
 
@@ -482,7 +483,7 @@ def main(args):
     args.compile and student.compile()
     parameters = [p for p in student.parameters() if p.requires_grad]
     [dist.broadcast(p.data, 0) for p in parameters if world > 1]     # every process starts from the same weights
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=1e-5, weight_decay=.01)
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, eps=args.adam_eps, weight_decay=.01)
     first = run.load([optimizer]) if args.resume else 0
 
     def test(video=None):
@@ -516,15 +517,13 @@ def main(args):
         updates = min(args.updates_per_rollout, -(-int(counts["groups_kept"]) * args.group_size // world))   # none without an episode
         shares = torch.from_numpy(rng.permutation(learn.nonzero()[:, 0])).tensor_split(updates) if updates else ()
         for share in shares:
-            in_share = torch.full((episodes,), -1).index_put((share,), torch.arange(len(share)))[episode]
-            queries = (in_share >= 0).nonzero()[:, 0]
-            weight = token_weights(mask[queries], in_share[queries], len(share), args.loss_agg, world).to(device)
+            queries = torch.isin(episode, share).nonzero()[:, 0]
+            weight = token_weights(mask[queries], episode[queries], len(share), args.loss_agg, world).to(device)
             for i, w in zip(queries.split(args.micro_batch_size), weight.split(args.micro_batch_size)) if len(queries) else ():
                 loss, logged = grpo_loss(student.score(image[i], [text[j] for j in i], tokens[i]), advantage[i], tokens[i], old_logp[i], w, args)
                 loss.backward()
                 sums["policy_loss"] += loss.detach()
-                for k, v in logged.items():
-                    sums[k] += (v * (w > 0)).sum()
+                sums |= {k: sums[k] + (v * (w > 0)).sum() for k, v in logged.items()}
             for p in parameters:
                 p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

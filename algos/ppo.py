@@ -2,7 +2,7 @@
 
     python algos/ppo.py --env tabletop-repositioning                    # a laptop: 2 cores, minutes
     torchrun --nproc-per-node 8 algos/ppo.py --env ENV --student 7B --lora-rank 32 --dtype bfloat16 --learning-rate 1e-4 --max-grad-norm 10 \\
-        --updates-per-rollout 32 --eval-temperature 0.6 --micro-batch-size 8 --query-batch-size 32 --num-envs 8
+        --adam-eps 1e-8 --updates-per-rollout 32 --eval-temperature 0.6 --micro-batch-size 8 --query-batch-size 32 --num-envs 8
 
 RL4VLA's PPO (gen-robot/RL4VLA), the baseline of ROAD-VLA.  Departures are marked (*).
 
@@ -36,20 +36,21 @@ class Args:
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
     max_grad_norm: float = 1.0  # gradient clipping
-    lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything
+    lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank); a teacher stays in --dtype
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model; trained weights and log-probabilities stay float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
     eval_every: int = 5  # evaluate every so many iterations, and at the end
-    eval_episodes_per_task: int = 20  # evaluation episodes per task, on initial states never trained on
+    eval_episodes_per_task: int = 20  # evaluation episodes per task, on so many (or all) of the split's initial states, not those of training
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
-    compile: bool = False  # torch.compile the models (needs a C++ compiler)
+    compile: bool = False  # torch.compile the models (needs a C++ compiler); autoregressive acting stays as it is
     capture_video: bool = False  # write a GIF of the final evaluation
     num_iterations: int = 40  # rollout + update rounds
     learning_rate: float = 2e-4  # AdamW's for the policy, constant
     value_learning_rate: float = 3e-3  # AdamW's for the value head, constant
+    adam_eps: float = 1e-5  # AdamW's epsilon; at 7 B 1e-8, as SimpleVLA-RL and RL4VLA
     num_episodes: int = 64  # fixed-horizon episodes per iteration, over all processes
     temperature: float = 1.0  # of sampling, and of every probability
     eval_temperature: float = 0.0  # of evaluation; 0 is greedy, RL4VLA samples at 0.6
@@ -336,12 +337,12 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames, result = torch.Generator(model.device).manual_seed(seed), [] if video else None, np.zeros((3, len(task)))
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed + (rank << 32)), [] if video else None, np.zeros((3, len(task)))
     if rank < len(task):
         played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
         result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
     if video and rank == 0:                          # up to 16 episodes side by side, a frame a query
-        grid = [Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
+        grid = [Image.fromarray(np.vstack([np.hstack(row) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
@@ -424,7 +425,7 @@ class Run:
         axis.errorbar(x, y, [y - low, high - y], color="#d55e00", marker="o", capsize=3, label="evaluation, 95 %")
         axis.set(xlabel="iteration", ylabel="success rate", ylim=(0, 1), title=title)
         axis.legend(frameon=False), figure.savefig(self.dir / "curve.png", dpi=150)
-        for when, i in (("before", 0), ("after", -1))[int(x[0] > 0) if len(x) else 2:]:    # sft.py looks only after
+        for when, i in [("before", 0)] * (0 in x) + [("after", -1)] * (len(x) > 0):        # sft.py looks only after
             print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
 
@@ -434,7 +435,7 @@ def setup(args):
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     positive = "num_envs num_iterations batch_size micro_batch_size query_batch_size temperature max_grad_norm group_size demos_per_task eval_every " \
                "eval_episodes_per_task episodes_per_task"
-    if wrong := [k for k, v in (dict.fromkeys(positive.split(), 1e-9) | dict(seed=0, eval_temperature=0)).items() if getattr(args, k, v) < v]:
+    if wrong := [k for k in positive.split() if getattr(args, k, 1) <= 0] + [k for k in ("seed", "eval_temperature") if getattr(args, k, 0) < 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])} is too small")
     if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU here that torch can use; try --device cpu")
@@ -507,12 +508,12 @@ def main(args):
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "ppo", rank)
     model = ActorCritic(str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student"), args, device)
     policy = model.policy
-    args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)) and sys.exit(f"--updates-per-rollout is at most the {queries} queries of a rollout")
+    args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)) and sys.exit(f"--updates-per-rollout: at most a rollout's {queries} queries")
     args.compile and policy.compile()
     parameters = [p for p in model.parameters() if p.requires_grad]
     [dist.broadcast(p.data, 0) for p in parameters if world > 1]     # every process starts from the same weights
     groups = [dict(params=[p for p in policy.parameters() if p.requires_grad]), dict(params=model.value.parameters(), lr=args.value_learning_rate)]
-    optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, weight_decay=.01)
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=args.adam_eps, weight_decay=.01)
     first = run.load([optimizer]) if args.resume else 0
 
     def test(video=None):
@@ -554,8 +555,7 @@ def main(args):
                 logits, value = model(image[i], [text[j] for j in i], tokens[i])
                 loss, logged = ppo_loss(logits, value, tokens[i], mask[i], old_logp[i], old_value[i], advantage[i], returns[i], counts, args, policy.action_dim)
                 loss.backward()
-                for k, v in logged.items():
-                    sums[k] = sums.get(k, 0) + v.detach()
+                sums = {k: sums.get(k, 0) + v.detach() for k, v in logged.items()}
             for p in parameters:
                 p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

@@ -1,9 +1,9 @@
 """ROAD-VLA: PPO's critic turned into a teacher: advantage-guided self-distillation of a vision-language-action model, in one file.
 
-    python algos/ppo.py --env tabletop-repositioning                    # first: a finished PPO run, whose critic is the reference
+    python algos/ppo.py --env tabletop-repositioning --entropy-coefficient .01    # first: a finished PPO run, whose critic is the reference
     python algos/road_vla.py --env tabletop-repositioning               # --reference RUN; by default ppo.py's run of the same environment and seed
     torchrun --nproc-per-node 8 algos/road_vla.py --env ENV --student 7B --reference RUN --lora-rank 32 --dtype bfloat16 --learning-rate 1e-4 \\
-        --updates-per-rollout 32 --eval-temperature 0.6 --micro-batch-size 8 --query-batch-size 32 --num-envs 8
+        --adam-eps 1e-8 --updates-per-rollout 32 --eval-temperature 0.6 --micro-batch-size 8 --query-batch-size 32 --num-envs 8
 
 Algorithm 1 of ROAD-VLA (arXiv 2606.25800): the student plays; the teacher is the student itself, the logit of each sampled token raised by eta * w, w the
 standardised advantage of its query; the student follows KL(teacher || student).  Everything else is ppo.py.
@@ -14,10 +14,10 @@ What matters, and why
  2. The teacher q = softmax(z + eta w onehot(a)) is built from the current logits, without gradient.  p and q differ in one logit, so KL over 256 tokens is KL over
     two outcomes, the sampled token or any other, and so is JSD: free, where the paper pays 1.6 times PPO's time (the reference's pass is not).
  3. Its gradient is -p (e^w - 1) grad log p, to first order in p, the sampled token's probability: PPO's times about p / 14 (coefficient 0.5, 7 tokens an action).
-    A policy as unsure as the tiny one hardly feels it (results/, ./benchmark.sh road-strength).  A w that knows nothing of the token does not cancel, as in PPO, it sharpens.
- 4. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (coefficient 0.5, entropy 0.01) reads as PPO + 0.5 of it: the default.
+    So an unsure policy hardly feels it (./benchmark.sh road-strength).  A w that knows nothing of the token does not cancel, as it does in PPO: it sharpens.
+ 4. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (0.5, entropy 0.01) reads as PPO + 0.5 of it: the default.
  5. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
- 6. The current critic is a new one (or --student's, if ppo.py made that).  The paper does not say; its critics agree on 90 % of the signs at first, as with --warm-critic.
+ 6. The current critic is new (or --student's, if ppo.py made that).  The paper does not say; its critics agree on 90 % of the signs at first, as with --warm-critic.
  7. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
@@ -39,21 +39,22 @@ class Args:
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
     max_grad_norm: float = 1.0  # gradient clipping
-    lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything
+    lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank); a teacher stays in --dtype
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model; trained weights and log-probabilities stay float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
     eval_every: int = 5  # evaluate every so many iterations, and at the end
-    eval_episodes_per_task: int = 20  # evaluation episodes per task, on initial states never trained on
+    eval_episodes_per_task: int = 20  # evaluation episodes per task, on so many (or all) of the split's initial states, not those of training
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
-    compile: bool = False  # torch.compile the models (needs a C++ compiler)
+    compile: bool = False  # torch.compile the models (needs a C++ compiler); autoregressive acting stays as it is
     capture_video: bool = False  # write a GIF of the final evaluation
     reference: str = ""  # a finished run of ppo.py, its critic is frozen (default: runs/ENV-ppo-SEED)
     num_iterations: int = 40  # rollout + update rounds
     learning_rate: float = 2e-4  # AdamW's for the policy, constant
     value_learning_rate: float = 3e-3  # AdamW's for the value head, constant
+    adam_eps: float = 1e-5  # AdamW's epsilon; at 7 B 1e-8, as SimpleVLA-RL and RL4VLA
     num_episodes: int = 64  # fixed-horizon episodes per iteration, over all processes
     temperature: float = 1.0  # of sampling, and of every probability
     eval_temperature: float = 0.0  # of evaluation; 0 is greedy, RL4VLA samples at 0.6
@@ -349,12 +350,12 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames, result = torch.Generator(model.device).manual_seed(seed), [] if video else None, np.zeros((3, len(task)))
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed + (rank << 32)), [] if video else None, np.zeros((3, len(task)))
     if rank < len(task):
         played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
         result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
     if video and rank == 0:                          # up to 16 episodes side by side, a frame a query
-        grid = [Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
+        grid = [Image.fromarray(np.vstack([np.hstack(row) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
@@ -437,7 +438,7 @@ class Run:
         axis.errorbar(x, y, [y - low, high - y], color="#d55e00", marker="o", capsize=3, label="evaluation, 95 %")
         axis.set(xlabel="iteration", ylabel="success rate", ylim=(0, 1), title=title)
         axis.legend(frameon=False), figure.savefig(self.dir / "curve.png", dpi=150)
-        for when, i in (("before", 0), ("after", -1))[int(x[0] > 0) if len(x) else 2:]:    # sft.py looks only after
+        for when, i in [("before", 0)] * (0 in x) + [("after", -1)] * (len(x) > 0):        # sft.py looks only after
             print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
 
@@ -447,7 +448,7 @@ def setup(args):
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     positive = "num_envs num_iterations batch_size micro_batch_size query_batch_size temperature max_grad_norm group_size demos_per_task eval_every " \
                "eval_episodes_per_task episodes_per_task"
-    if wrong := [k for k, v in (dict.fromkeys(positive.split(), 1e-9) | dict(seed=0, eval_temperature=0)).items() if getattr(args, k, v) < v]:
+    if wrong := [k for k in positive.split() if getattr(args, k, 1) <= 0] + [k for k in ("seed", "eval_temperature") if getattr(args, k, 0) < 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])} is too small")
     if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU here that torch can use; try --device cpu")
@@ -528,8 +529,8 @@ def road_loss(logits, value, tokens, mask, old_logp, old_value, advantage, weigh
     value_loss = torch.max(*(F.huber_loss(v, returns, reduction="none", delta=10.) for v in (value, near))).sum() / counts[1]
     entropy = (entropy * mask).sum() / counts[2]
     distill = (agd(logp, args.eta * weight[:, None], args.divergence) * mask).sum() / counts[2]      # eq. 12
-    logged = dict(policy_loss=policy_loss, value_loss=value_loss, distill_loss=distill, entropy=entropy, approx_kl=((ratio - 1 - log_ratio) * acted).sum() / counts[0],
-                  clipfrac=((clipped * advantage < ratio * advantage) * acted).sum() / counts[0])
+    logged = dict(policy_loss=policy_loss, value_loss=value_loss, distill_loss=distill, entropy=entropy,
+                  approx_kl=((ratio - 1 - log_ratio) * acted).sum() / counts[0], clipfrac=((clipped * advantage < ratio * advantage) * acted).sum() / counts[0])
     return args.ppo_term * policy_loss + args.distill_coefficient * distill + value_loss - args.entropy_coefficient * entropy, logged
 
 def main(args):
@@ -538,21 +539,21 @@ def main(args):
     if args.num_episodes % world or episodes < 1 or args.updates_per_rollout < 1:
         sys.exit(f"--num-episodes {args.num_episodes} must divide among {world} processes, --updates-per-rollout be at least 1")
     source = Path(args.reference.rstrip("/").removesuffix("/checkpoint") or f"runs/{args.env}-ppo-{args.seed}")
-    (source / "checkpoint" / "value_head.safetensors").exists() or sys.exit(f"{source} is no run of ppo.py, whose critic is the reference: make one with "
-        f"`python algos/ppo.py --env {args.env}{f' --student {args.student}' * bool(args.student)} --seed {args.seed}`, or name one with --reference")
-    asked, made = (json.loads((source / name).read_text()) for name in ("args.json", "checkpoint/progress.json"))
-    made["step"] < asked["num_iterations"] and sys.exit(f"{source} has done {made['step']} of {asked['num_iterations']} iterations: finish it first (ppo.py --resume)")
+    asked, made = (json.loads((source / k).read_text()) if (source / k).exists() else {} for k in ("args.json", "checkpoint/progress.json"))
+    made and "value_clip" in asked and not asked.keys() & {"reference", "privileged_info"} or sys.exit(f"{source} is no run of ppo.py, whose critic is the reference: "
+        f"`python algos/ppo.py --env {args.env}{f' --student {args.student}' * bool(args.student)} --seed {args.seed}` makes one, --reference names another")
+    made["step"] < asked["num_iterations"] and sys.exit(f"{source}: {made['step']} of {asked['num_iterations']} iterations are done, finish it first (ppo.py --resume)")
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "road_vla", rank)
     model = ActorCritic(str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student"), args, device)
     policy, reference = model.policy, ActorCritic(str(source / "checkpoint"), args, device, trainable=False).requires_grad_(False)
-    policy.image == reference.policy.image or sys.exit(f"{source} sees {reference.policy.image} pixels, the student {policy.image}: another --reference, from this student")
-    args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)) and sys.exit(f"--updates-per-rollout is at most the {queries} queries of a rollout")
+    policy.image == reference.policy.image or sys.exit(f"{source} sees {reference.policy.image} pixels, the student {policy.image}: --reference must come from it")
+    args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)) and sys.exit(f"--updates-per-rollout: at most a rollout's {queries} queries")
     args.warm_critic and not args.resume and model.value.load_state_dict(reference.value.state_dict())
     args.compile and (policy.compile(), reference.policy.compile())
     parameters = [p for p in model.parameters() if p.requires_grad]
     [dist.broadcast(p.data, 0) for p in parameters if world > 1]     # every process starts from the same weights
     groups = [dict(params=[p for p in policy.parameters() if p.requires_grad]), dict(params=model.value.parameters(), lr=args.value_learning_rate)]
-    optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=1e-5, weight_decay=.01)
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=args.adam_eps, weight_decay=.01)
     first = run.load([optimizer]) if args.resume else 0
 
     def test(video=None):
@@ -578,14 +579,12 @@ def main(args):
         image, text, tokens, old_logp, mask = batch["image"], batch["instruction"], *(batch[k].to(device) for k in ("tokens", "logp", "mask"))
         clock.append(time.time())
 
-        # Values, of the reference too.
-        with torch.no_grad():                                                            # the first token is no input, so this reads the prompt only
+        # Values, of the reference too; advantages; the teacher's weights.
+        with torch.no_grad():                                                            # autoregressive: the first token is no input, this reads the prompt
             reference_value = torch.cat([reference(image[i], [text[j] for j in i], tokens[i, :1])[1] for i in torch.arange(len(tokens)).split(args.query_batch_size)])
             device.type == "cuda" and torch.cuda.synchronize()
             clock.append(time.time())
             old_value = model.value(batch["state"].to(device))[:, 0]
-
-        # Advantages, and the teacher's weights.
         (advantage, returns), (reference_advantage, _) = (gae(batch["reward"], v, batch["episode"], args.gamma, args.gae_lambda) for v in (old_value, reference_value))
         weight, agree = distillation_weights(advantage, reference_advantage, args, world)
         unexplained, total = moments(returns - old_value, world)[1], moments(returns, world)[1]
@@ -603,22 +602,21 @@ def main(args):
                 loss, logged = road_loss(logits, value, tokens[i], mask[i], old_logp[i], old_value[i], advantage[i], weight[i], returns[i], counts, args,
                                          policy.action_dim)
                 loss.backward()
-                for k, v in logged.items():
-                    sums[k] = sums.get(k, 0) + v.detach()
+                sums = {k: sums.get(k, 0) + v.detach() for k, v in logged.items()}
             for p in parameters:
                 p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         counts = dict(success=batch["success"].sum(), grasped=batch["grasped"].sum(), episodes=episodes, env_steps=batch["length"].sum(),
-                      queries=len(tokens), reward=batch["reward"].sum(), agree=agree.sum(), weight=weight.sum())
+                      queries=len(tokens), reward=batch["reward"].sum())
         counts = dict(zip(counts, all_sum(torch.tensor([float(n) for n in counts.values()], dtype=torch.float64), world).tolist()))
         losses = all_sum(torch.stack(list(sums.values())).cpu().double(), world).tolist()     # waits for the GPU
         clock.append(time.time())
         metrics = {f"losses/{k}": v / args.updates_per_rollout for k, v in zip(sums, losses)}
         metrics |= {"charts/success_rate": counts["success"] / counts["episodes"], **{f"charts/{k}": v for k, v in counts.items()},
                     "charts/queries_per_second": counts["queries"] / (time.time() - clock[0]), "time/env": batch["env_seconds"],
-                    "losses/critic_agreement": counts["agree"] / counts["queries"], "losses/mean_weight": counts["weight"] / counts["queries"],
+                    "losses/critic_agreement": moments(agree, world)[0], "losses/mean_weight": moments(weight, world)[0],
                     "losses/explained_variance": 1 - unexplained ** 2 / max(total ** 2, 1e-12),
                     **{f"time/{k}": b - a for k, a, b in zip(("rollout", "reference", "advantages", "update"), clock, clock[1:])}}
         if (last := iteration == args.num_iterations) or iteration % args.eval_every == 0:

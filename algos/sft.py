@@ -45,12 +45,12 @@ class Args:
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
     max_grad_norm: float = 1.0  # gradient clipping
-    lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything
+    lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank); a teacher stays in --dtype
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model; trained weights and log-probabilities stay float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
     eval_every: int = 5  # evaluate every so many iterations, and at the end
-    eval_episodes_per_task: int = 20  # evaluation episodes per task, on initial states never trained on
+    eval_episodes_per_task: int = 20  # evaluation episodes per task, on so many (or all) of the split's initial states, not those of training
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
@@ -344,12 +344,12 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames, result = torch.Generator(model.device).manual_seed(seed), [] if video else None, np.zeros((3, len(task)))
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed + (rank << 32)), [] if video else None, np.zeros((3, len(task)))
     if rank < len(task):
         played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
         result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
     if video and rank == 0:                          # up to 16 episodes side by side, a frame a query
-        grid = [Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
+        grid = [Image.fromarray(np.vstack([np.hstack(row) for row in np.split(f, 2 - len(f) % 2)])) for f in frames]
         grid[0].save(video, save_all=True, append_images=grid[1:], duration=150, loop=0)
     return all_sum(torch.from_numpy(result), world).numpy().reshape(3, tasks, len(states))
 
@@ -432,7 +432,7 @@ class Run:
         axis.errorbar(x, y, [y - low, high - y], color="#d55e00", marker="o", capsize=3, label="evaluation, 95 %")
         axis.set(xlabel="iteration", ylabel="success rate", ylim=(0, 1), title=title)
         axis.legend(frameon=False), figure.savefig(self.dir / "curve.png", dpi=150)
-        for when, i in (("before", 0), ("after", -1))[int(x[0] > 0) if len(x) else 2:]:    # sft.py looks only after
+        for when, i in [("before", 0)] * (0 in x) + [("after", -1)] * (len(x) > 0):        # sft.py looks only after
             print(f"{when:>10}: {100 * y[i]:.1f} % success, 95 % interval {100 * low[i]:.1f} to {100 * high[i]:.1f} (iteration {x[i]:.0f})")
         print(f"     curve: {self.dir / 'curve.png'}\n   metrics: {self.dir / 'metrics.csv'}\ncheckpoint: {self.checkpoint}")
 
@@ -442,7 +442,7 @@ def setup(args):
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     positive = "num_envs num_iterations batch_size micro_batch_size query_batch_size temperature max_grad_norm group_size demos_per_task eval_every " \
                "eval_episodes_per_task episodes_per_task"
-    if wrong := [k for k, v in (dict.fromkeys(positive.split(), 1e-9) | dict(seed=0, eval_temperature=0)).items() if getattr(args, k, v) < v]:
+    if wrong := [k for k in positive.split() if getattr(args, k, 1) <= 0] + [k for k in ("seed", "eval_temperature") if getattr(args, k, 0) < 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])} is too small")
     if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
         sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU here that torch can use; try --device cpu")
@@ -480,7 +480,7 @@ def tokens_of(model, actions):
     unit = ((np.asarray(actions, np.float64) - low) / np.maximum(high - low, 1e-8)).clip(0, 1)
     return torch.from_numpy(BINS - 1 - np.floor(unit * (BINS - 1)).astype(np.int64)).flatten(1)
 
-def play_expert(env, demos_per_task, noise, rng, intruder=None):
+def play_expert(env, demos_per_task, noise, rng, intruder=None, batch_size=512):
     """Episodes of the scripted expert: (images [T, H, W, 3], actions [T, dim], clean [T], instruction).  intruder: a policy that plays in between."""
     n, tasks, demos = env.num_envs, len(env.suite.tasks), []
     generator = torch.Generator(intruder.device).manual_seed(int(rng.integers(2 ** 62))) if intruder else None
@@ -498,8 +498,9 @@ def play_expert(env, demos_per_task, noise, rng, intruder=None):
             obs, left = env.step(executed[:, None])[0], left - 1
             if intruder and left < 0:                        # it loses its way, and the expert has to find back from there
                 for _ in range(rng.integers(1, 2 + env.suite.max_steps // intruder.chunk // 2)):
-                    tokens = intruder.act(intruder.prepare(obs["image"]), list(obs["instruction"]), 1., generator)[0]
-                    obs = env.step(intruder.actions(tokens))[0]
+                    pictures, texts = intruder.prepare(obs["image"]), list(obs["instruction"])
+                    tokens = [intruder.act(pictures[i:i + batch_size], texts[i:i + batch_size], 1., generator)[0] for i in range(0, n, batch_size)]
+                    obs = env.step(intruder.actions(torch.cat(tokens)))[0]
                 left, clean[-1] = rng.integers(60, 120), np.zeros(n, bool)       # no label reaches over the gap
         images, actions, clean, live = (np.stack(x, 1) for x in (images, actions, clean, live))
         demos += [(images[i, :t], actions[i, :t], clean[i, :t], obs["instruction"][i]) for i, t in enumerate(live.sum(1)[:demos_per_task * tasks - start])
@@ -595,7 +596,7 @@ def follow_recipe(args):
     suite, _, role = args.make.rpartition("-")
     if args.make not in ("tabletop-start", "tabletop-base", "tabletop-two-arm-base", *(f"{env}-{k}" for env in envs.known() for k in ("student", "teacher"))):
         raise SystemExit(f"--make {args.make}: not tabletop-start, tabletop-base, tabletop-two-arm-base, ENV-student or ENV-teacher with ENV one of {', '.join(envs.known())}")
-    recipe = dict(dict(env=suite, run_dir=f"runs/make-{args.make}-{args.seed}"), **RECIPES.get(args.make.removeprefix("tabletop-"), RECIPES[role]))
+    recipe = dict(env=suite, run_dir=f"runs/make-{args.make}-{args.seed}") | RECIPES.get(args.make.removeprefix("tabletop-"), RECIPES[role])
     if "student" in recipe:
         recipe["student"] = os.path.relpath(envs.checkpoint("tabletop", recipe["student"]))
     return replace(args, **recipe, resume=(Path(recipe["run_dir"]) / "checkpoint").exists()), Path(envs.__file__).parents[1] / "checkpoints" / args.make
@@ -647,7 +648,7 @@ def main(args):
         began = time.time()
         if args.fresh_demos or iteration == first + 1:   # the same in every process; each then takes its share
             rng = np.random.default_rng([args.seed, iteration * args.fresh_demos])       # so that --resume needs no random state
-            image, text, target = windows(demos or [d for e in suite_envs for d in play_expert(e, args.demos_per_task, args.demo_noise, rng, intruder)], model)
+            image, text, target = windows(demos or [d for e in suite_envs for d in play_expert(e, args.demos_per_task, args.demo_noise, rng, intruder, args.query_batch_size)], model)
         collected, order = time.time(), torch.from_numpy(np.random.default_rng([args.seed, iteration]).permutation(len(target) // world * world)[rank::world])
         losses, hits = [], []
         for part in order.split(args.batch_size):
@@ -669,7 +670,8 @@ def main(args):
                 optimizer.zero_grad()
             losses.append(loss)
             hits.append(hit)
-        metrics = {"losses/policy_loss": float(np.mean(losses)), "losses/within_10_bins": float(np.mean(hits)), "charts/samples": len(order),
+        loss, hit = (all_sum(torch.tensor([np.mean(losses), np.mean(hits)]), world) / world).tolist()     # the shares are of one size
+        metrics = {"losses/policy_loss": loss, "losses/within_10_bins": hit, "charts/samples": len(order),
                    "time/demos": collected - began, "time/update": time.time() - collected}
         if iteration % args.eval_every == 0 or iteration == args.num_iterations:
             success = np.concatenate([evaluate(e, model, "eval", args.eval_episodes_per_task, 0., args.query_batch_size, args.seed, rank, world)[0]

@@ -72,7 +72,7 @@ SMALL |= dict(grpo="--num-iterations 3 --batch-prompts 16 --eval-episodes-per-ta
 REAL = dict(libero="opd-exact grpo", rl4vla="ppo road", maniskill="ppo road", robotwin="opd-exact opd-sampled dagger-fkl dagger-ce grpo")
 DISTILS = ("vla_opd", "dagger_forward_kl", "dagger_hard_ce")
 # What a 7B model needs (the torchrun lines of the scripts).
-BIG = dict.fromkeys((*DISTILS, "grpo", "ppo", "road_vla"), "--lora-rank 32 --dtype bfloat16 --micro-batch-size 8 --query-batch-size 32 --num-envs 64")
+BIG = dict.fromkeys((*DISTILS, "grpo", "ppo", "road_vla"), "--lora-rank 32 --dtype bfloat16 --adam-eps 1e-8 --micro-batch-size 8 --query-batch-size 32 --num-envs 64")
 BIG |= {k: f"{BIG[k]} --group-size 2 --learning-rate 2e-6 --temperature 1.6" for k in DISTILS}
 BIG |= dict(evaluate="--dtype bfloat16 --query-batch-size 32 --num-envs 64",
             grpo=f"{BIG['grpo']} --learning-rate 5e-6 --temperature 1.6 --updates-per-rollout 4")

@@ -269,7 +269,7 @@ def test_missing_reference_says_how_to_make_it(tmp_path, monkeypatch):
                                       "--updates-per-rollout=1", f"--student={critics.checkpoint(tmp_path, seed=1)}"]))
     assert float(critics.rows(critics.play(road_vla, tmp_path, "run", seed=3, num_iterations=1))[0]["charts/reference_env_steps"]) == 16
     small.model(image=32).save(tmp_path / "student32")
-    with pytest.raises(SystemExit, match="sees 64 pixels, the student 32: .*from this student"):
+    with pytest.raises(SystemExit, match="sees 64 pixels, the student 32: --reference must come from it"):
         critics.play(road_vla, tmp_path, "smaller", seed=3, student=str(tmp_path / "student32"))
     with pytest.raises(SystemExit, match="ppo.py --env tabletop-object --student mine --seed 5"):
         critics.play(road_vla, tmp_path, "other", seed=5, student="mine")
@@ -283,10 +283,12 @@ def test_the_reference_is_a_finished_run(tmp_path, monkeypatch):
     source = Path(reference(tmp_path))
     args = json.loads((source / "args.json").read_text())
     (source / "args.json").write_text(json.dumps(args | dict(num_iterations=7)))
-    with pytest.raises(SystemExit, match=f"has done {args['num_iterations']} of 7 iterations: finish it first"):
+    with pytest.raises(SystemExit, match=f"{args['num_iterations']} of 7 iterations are done, finish it first"):
         critics.play(road_vla, tmp_path, "run", reference=str(source))
     (source / "args.json").write_text(json.dumps(args))
     critics.play(road_vla, tmp_path, "run", reference=f"{source}/checkpoint/", num_iterations=1)     # named as --student is
+    with pytest.raises(SystemExit, match="is no run of ppo.py"):     # but ROAD's own, whose cost is that of two runs
+        critics.play(road_vla, tmp_path, "again", reference=str(tmp_path / "run"), num_iterations=1)
 
 
 def test_evaluation_is_not_upside_down(tmp_path):

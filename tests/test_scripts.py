@@ -110,7 +110,7 @@ def test_end_to_end(tmp_path, name, decoding):
         made = str(run.relative_to(tmp_path) / "checkpoint")
         status, out, err = small.call(small.command("evaluate.py", checkpoint=made, episodes_per_task=1, num_envs=8), tmp_path)
         assert status == 0, err
-        assert len(list(csv.DictReader(open(tmp_path / f"runs/evaluate-tabletop-object-eval-{run.name}/episodes.csv")))) == 2 * 10
+        assert len(list(csv.DictReader(open(tmp_path / f"runs/evaluate-tabletop-object-eval-{run.name}-1/episodes.csv")))) == 2 * 10
         other = opd(tmp_path, "other", seed=2)
         assert timeless(other)[1] != timeless(run)[1]
 
@@ -296,6 +296,7 @@ def test_one_sentence(tmp_path, monkeypatch, module, flags, words):
     (dict(batch_prompts=1, group_size=1, updates_per_rollout=2), ("--batch-prompts", "--updates-per-rollout")),
     (dict(updates_per_rollout=0), ("--updates-per-rollout",)),
     (dict(teacher="nobody/nothing"), ("nobody/nothing",)),
+    (dict(reward="rollout"), ("--reward rollout", "--estimator sampled")),
     (dict(resume=True), ("nothing to resume", "--resume")),
     (dict(temperature=0.), ("--temperature",)),
     (dict(seed=-1), ("--seed -1",)),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import evaluate
 import sft
 import small
+import envs
 from envs.libero_worker import picture
 import vla_opd
 
@@ -285,3 +286,13 @@ def test_evaluation_counts_the_right_episode(tmp_path, monkeypatch):
     for t in range(10):
         for i, s in enumerate((400, 401, 402)):
             assert (success[t, i], grasped[t, i], length[t, i]) == ((t + s) % 3 == 0, s == 401, 10 * t + s)
+
+
+def test_processes_sample_apart(tmp_path, monkeypatch):
+    """Every process of a sampled evaluation has random numbers of its own; one alone has those of the seed."""
+    env, seeds = envs.make("tabletop-object", 8, 1), []
+    played = lambda *a: seeds.append(a[7].initial_seed()) or {k: np.zeros(len(a[2])) for k in ("success", "grasped", "length")}
+    monkeypatch.setattr(evaluate, "rollout", played), monkeypatch.setattr(evaluate, "all_sum", lambda x, world: x)
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        evaluate.evaluate(env, small.model(), "eval", 2, .6, 8, 5, rank, world)
+    assert seeds[0] == seeds[1] == 5 != seeds[2]
