@@ -1,7 +1,7 @@
 """Runs what results/README.md shows.  An interrupted run goes on where it was; a finished one is not run again unless its script, its flags, or a run that it
 starts from changed.  A run that fails is reported and does not stop the others.
 
-    ./benchmark.sh                            every algorithm, small, one seed, half an hour on 2 cores: results/quick/
+    ./benchmark.sh                            every algorithm, small, one seed, at most half an hour on 2 cores: results/quick/
     ./benchmark.sh full                       every table and figure, 3 seeds: results/
     ./benchmark.sh opd-table2 road-alpha      these alone
     ./benchmark.sh libero --gpus 0,1          a real simulator (libero, maniskill, rl4vla, robotwin)
