@@ -24,9 +24,11 @@ STYLE = {
     "all-states-opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "all-states-distill-grpo-slow": ("Distill + GRPO, longer, learning rate 1e-4", "#d55e00", ":"),
     "opd-rollout-reward": ("VLA-OPD, sampled, log p in the reward of the policy that played", "#f0e442", "-"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00", "-"),
     "opd-g4": ("VLA-OPD, exact, G = 4", "#cc79a7", "-"), "dagger-fkl": ("DAgger, forward KL", "#009e73", "-"), "dagger-ce": ("DAgger, hard CE", "#cc79a7", "-"),
-    "plain-teacher": ("plain teacher", "#999999", ":"), "plain-exact": ("VLA-OPD, exact, plain teacher", "#d55e00", ":"),
-    "plain-sampled": ("VLA-OPD, sampled, plain teacher", "#0072b2", ":"), "plain-fkl": ("DAgger, forward KL, plain teacher", "#009e73", ":"),
-    "plain-ce": ("DAgger, hard CE, plain teacher", "#cc79a7", ":"), "fkl-fine": ("DAgger, forward KL, 2 updates an iteration", "#009e73", ":"),
+    "plain-teacher": ("plain teacher", "#999999", ":"), "plain-exact": ("VLA-OPD, exact", "#d55e00", ":"),
+    "plain-sampled": ("VLA-OPD, sampled", "#0072b2", ":"), "plain-fkl": ("DAgger, forward KL", "#009e73", ":"),
+    "plain-ce": ("DAgger, hard CE", "#cc79a7", ":"), "sharp-student": ("sharp student", "#999999", "-"),
+    "sharp-exact": ("VLA-OPD, exact", "#d55e00", "--"), "sharp-sampled": ("VLA-OPD, sampled", "#0072b2", "--"), "sharp-fkl": ("DAgger, forward KL", "#009e73", "--"),
+    "sharp-ce": ("DAgger, hard CE", "#cc79a7", "--"), "fkl-fine": ("DAgger, forward KL, 2 updates an iteration", "#009e73", ":"),
     "road": ("ROAD-VLA", "#56b4e9", "-"), "road-long": ("ROAD-VLA, 160 iterations", "#56b4e9", "--"),
     "road-warm": ("ROAD-VLA, critic from the reference", "#56b4e9", ":"),
     "road-even": ("ROAD-VLA, distillation as strong as PPO", "#0072b2", "--"), "road-alone": ("ROAD-VLA, distillation alone", "#009e73", "--"),
@@ -158,6 +160,15 @@ def whole(suite, algorithm):
     before = read(suite, "opd-exact") if algorithm == "distill-grpo" else {}
     return np.mean([spent(rows) + [rows[0].get(f"charts/reference_{k}", 0) for k in ("env_steps", "minutes")] + (spent(before[seed]) if seed in before else 0)
                     for seed, rows in read(suite, algorithm).items()], 0)
+
+
+def objectives():
+    """[(title, suite, {objective: algorithm})] of Figure 4: the shipped models on two suites, a plain teacher, a sharp student as well."""
+    names = [("object", "object", "opd-exact opd-sampled dagger-fkl dagger-ce"), ("two-arm", "two-arm", "opd-exact opd-sampled dagger-fkl dagger-ce"),
+             ("object, plain teacher", "object", "plain-exact plain-sampled plain-fkl plain-ce"),
+             ("object, sharp student, plain teacher", "object", "sharp-exact sharp-sampled sharp-fkl sharp-ce")]
+    found = [(title, suite, {k: v for k, v in zip(("exact", "sampled", "fkl", "ce"), each.split()) if read(suite, v)}) for title, suite, each in names]
+    return [family for family in found if family[2]]
 
 
 def forgetting():

@@ -77,8 +77,18 @@ def draw():
             [(eval_, "steps", SUCCESS, STEPS), ("losses/entropy", "steps", ENTROPY, STEPS)])
     grid_of("opd-fig2.png", ("grpo", "opd-exact", "opd-sampled", "distill-grpo"), ["object", "long"],
             [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)], 5)
-    grid_of("opd-fig4.png", ("opd-exact", "opd-sampled", "dagger-fkl", "dagger-ce"), ["object", "two-arm"],
-            [(eval_, "iteration", SUCCESS, ITERATION), ("losses/entropy", "iteration", ENTROPY, ITERATION)], 5)
+    if families := [family for family in data.objectives() if len(family[2]) > 1]:
+        figure, axes = panels(len(families), 2, 1.8, sharex=True, sharey="col")
+        for line, (title, suite, names) in zip(axes, families):
+            for axis, key, label in zip(line, (eval_, "losses/entropy"), (SUCCESS, ENTROPY)):
+                for kind, k in names.items():
+                    lines, (name, colour, _) = curves(suite, k, key, "iteration"), STYLE[dict(exact="opd-exact", sampled="opd-sampled", fkl="dagger-fkl", ce="dagger-ce")[kind]]
+                    y = np.array([c[1] for c in lines.values()])
+                    axis.plot(next(iter(lines.values()))[0], y.mean(0), color=colour, lw=1.3, label=name)
+                    axis.fill_between(next(iter(lines.values()))[0], y.min(0), y.max(0), color=colour, alpha=.18, lw=0)
+                axis.set(title=f"{title} ({len(y)} seed{'s' * (len(y) > 1)})", ylabel=label, xlabel=ITERATION if line is axes[-1] else "")
+            line[0].set_ylim(0, 1)
+        save(figure, "opd-fig4.png")
     grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)],
             labels={"opd-exact": "VLA-OPD, exact, G = 8"})
     for name, others in (("alpha", ("road-alpha-0", "road", "road-alpha-1")), ("reference", (*(f"road-reference-{n}" for n in (10, 20, 30)), "road"))):

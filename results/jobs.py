@@ -38,6 +38,10 @@ ALGORITHMS = {
                      "--smoothing 0 --eval-every 4",
     **{f"plain-{k}": f"{flags} --eval-every 1 --teacher {{plain-teacher}}/checkpoint" for k, flags in
        {"exact": "vla_opd.py", "sampled": "vla_opd.py --estimator sampled", "fkl": "dagger_forward_kl.py", "ce": "dagger_hard_ce.py"}.items()},
+    # And a student as the papers': one demonstration a task, each label one bin.
+    "sharp-student": "sft.py --student checkpoints/tabletop-base --demos-per-task 1 --num-iterations 20 --learning-rate 1.5e-3 --batch-size 32 --smoothing 0 --eval-every 20",
+    **{f"sharp-{k}": f"{flags} --eval-every 1 --student {{sharp-student}}/checkpoint --teacher {{plain-teacher}}/checkpoint" for k, flags in
+       {"exact": "vla_opd.py", "sampled": "vla_opd.py --estimator sampled", "fkl": "dagger_forward_kl.py", "ce": "dagger_hard_ce.py"}.items()},
     "base": "evaluate.py --checkpoint checkpoints/tabletop-base", "student": "evaluate.py --checkpoint checkpoints/{env}-student",
     "teacher": "evaluate.py --checkpoint checkpoints/{env}-teacher", "forget-student": "evaluate.py --checkpoint checkpoints/tabletop-object-student",
     **{f"forget-{k}": f"evaluate.py --checkpoint {{object/{k}}}/checkpoint" for k in ("sft-many", "grpo", "opd-exact", "distill-grpo")},
@@ -47,7 +51,7 @@ TABLES = [                                               # table or figure, suit
     ("opd-table2", SUITES, "student teacher opd-exact grpo distill-grpo sft-many"), ("opd-table2", ("object",), "distill-grpo-long distill-grpo-slow all-states-opd-exact all-states-distill-grpo-slow"),
     ("opd-fig2", ("object", "long"), "student teacher opd-exact grpo opd-sampled distill-grpo"),
     ("opd-fig4", ("object", "two-arm"), "opd-exact opd-sampled dagger-fkl dagger-ce"), ("opd-fig4", ("",), "entropy"),
-    ("opd-fig4", ("object",), "plain-exact plain-sampled plain-fkl plain-ce fkl-fine"),
+    ("opd-fig4", ("object",), "plain-exact plain-sampled plain-fkl plain-ce fkl-fine sharp-exact sharp-sampled sharp-fkl sharp-ce"),
     ("opd-fig5", ("object",), "opd-exact opd-g2 opd-g4"),
     ("algorithms", ("object",), "student teacher opd-exact opd-sampled opd-g2 opd-g4 dagger-fkl dagger-ce grpo distill-grpo ppo road opd-rollout-reward make-teacher"),
     ("opd-table3", ("two-arm",), "student teacher opd-exact grpo distill-grpo"),

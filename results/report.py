@@ -216,37 +216,39 @@ def opd_fig3():
 
 
 def opd_fig4():
-    objectives, note = ("opd-exact", "opd-sampled", "dagger-fkl", "dagger-ce"), data.FOLDER / "teacher.json"
-    found = there(objectives, ("object", "two-arm"))
-    if not found:
+    families, note = data.objectives(), data.FOLDER / "teacher.json"
+    if not families:
         return
     yield "Valley: how far success falls under the student's in the first three iterations. Entropy: nats a token. The paper (Beat Block Hammer): forward KL"
     yield "falls by more than 50 % early and its entropy explodes; hard CE ends lowest and its entropy collapses; reverse KL ends highest, its entropy"
     yield "between.\n"
     valley = lambda suite, k: np.array([max(0, y[0] - min(y[1:4])) for _, y in curves(suite, k).values()])
+    row = lambda title, suite, k: (title, *named([k], suite)[0], f"{100 * valley(suite, k).mean():.1f}", ", ".join(f"{e:.2f}" for e in entropies(suite, k).mean(0)))
     yield from table(("suite", "objective", "seeds", "success at the end", "valley", "entropy first, lowest, highest, last"),
-                     [(suite, *named([k], suite)[0], f"{100 * valley(suite, k).mean():.1f}", ", ".join(f"{e:.2f}" for e in entropies(suite, k).mean(0)))
-                      for suite, k in found + there(("plain-exact", "plain-sampled", "plain-fkl", "plain-ce", "fkl-fine"), ["object"])])
-    for suite in dict.fromkeys(suite for suite, _ in found):
-        entropy = {k: entropies(suite, k) for _, k in there((*objectives, "grpo", "ppo", "road"), [suite])}
-        end, has = {k: v[:, 3] for k, v in entropy.items()}, lambda *names: entropy.keys() >= set(names)
-        if has("dagger-fkl", "opd-exact"):
-            peak, dips = entropy["dagger-fkl"][:, 2] - entropy["dagger-fkl"][:, 0], valley(suite, "dagger-fkl") > .05
-            claim(f"forward KL raises entropy ({suite})", "highest 0.05 nats above first, and last above reverse KL's, on every seed",
-                  f"peak {spread(peak, 1, 2)} above the first, last {end['dagger-fkl'].mean():.2f} against {end['opd-exact'].mean():.2f}",
-                  every((peak > .05) & (end["dagger-fkl"] > end["opd-exact"].max())))
-            claim(f"forward KL dips early ({suite})", "valley of 5 %, on every seed", f"{sum(dips)} of {len(dips)} seeds", every(dips))
-        if has("dagger-ce", "opd-exact"):
-            others = [v for k, v in end.items() if k != "dagger-ce"]
-            claim(f"hard CE lowers entropy most ({suite})", "last entropy below all others', on every seed",
-                  f"{end['dagger-ce'].mean():.2f}, next {min(v.mean() for v in others):.2f}", apart(np.concatenate(others), end["dagger-ce"]))
-        if has("dagger-ce", "dagger-fkl", "opd-exact"):
-            low, mid, high = (end[k] for k in ("dagger-ce", "opd-exact", "dagger-fkl"))
-            claim(f"reverse KL's entropy lies between ({suite})", "hard CE < reverse KL < forward KL at the end, on every seed",
-                  f"{low.mean():.2f}, {mid.mean():.2f}, {high.mean():.2f}", every([bool(apart(mid, low)), bool(apart(high, mid))]))
-        for a, b in [("opd-exact", k) for k in ("dagger-fkl", "dagger-ce", "opd-sampled")] + [("opd-sampled", k) for k in ("dagger-fkl", "dagger-ce")]:
-            compare(f"{a[4:]} reverse KL ends above {STYLE[b][0]} ({suite})", a, b, [suite])
-    if note.exists() and there(objectives, ["object"]):
+                     [row(title, suite, k) for title, suite, names in families for k in names.values()] + [row("object", suite, k) for suite, k in there(["fkl-fine"], ["object"])])
+    for title, suite, names in families:
+        entropy, n = {k: entropies(suite, v) for k, v in names.items()}, min(len(read(suite, v)) for v in names.values())
+        end = {k: v[:, 3] for k, v in entropy.items()}
+        if end.keys() >= {"fkl", "exact"}:
+            peak, dips = entropy["fkl"][:, 2] - entropy["fkl"][:, 0], valley(suite, names["fkl"]) > .05
+            claim(f"forward KL raises entropy ({title})", "highest 0.05 nats above first, and last above reverse KL's, on every seed",
+                  f"peak {spread(peak, 1, 2)} above the first, last {end['fkl'].mean():.2f} against {end['exact'].mean():.2f}",
+                  every((peak > .05) & (end["fkl"] > end["exact"].max())), n)
+            claim(f"forward KL dips early ({title})", "valley of 5 %, on every seed", f"{sum(dips)} of {len(dips)} seeds", every(dips), n)
+        if end.keys() >= {"ce", "exact"}:
+            others = [v for k, v in end.items() if k != "ce"]
+            if title == "object":
+                others += [entropies(suite, k)[:, 3] for _, k in there(("grpo", "ppo", "road"), [suite])]
+            claim(f"hard CE lowers entropy most ({title})", "last entropy below all others', on every seed",
+                  f"{end['ce'].mean():.2f}, next {min(v.mean() for v in others):.2f}", apart(np.concatenate(others), end["ce"]), n)
+        if end.keys() >= {"ce", "fkl", "exact"}:
+            claim(f"reverse KL's entropy lies between ({title})", "hard CE < reverse KL < forward KL at the end, on every seed",
+                  ", ".join(f"{end[k].mean():.2f}" for k in ("ce", "exact", "fkl")), every([bool(apart(end["exact"], end["ce"])), bool(apart(end["fkl"], end["exact"]))]), n)
+        label = dict(exact="exact reverse KL", sampled="sampled reverse KL", fkl="forward KL", ce="hard CE")
+        for a, b in [("exact", k) for k in ("fkl", "ce", "sampled")] + [("sampled", k) for k in ("fkl", "ce")]:
+            if end.keys() >= {a, b}:
+                compare(f"{label[a]} ends above {label[b]} ({title})", names[a], names[b], [suite])
+    if note.exists() and families[0][0] == "object":
         t = json.loads(note.read_text())
         yield f"How sure the teacher on object ({cell('teacher', ['object'])}) is where the student goes, which is where forward KL and hard CE could go wrong:"
         yield f"its tokens have an entropy of {t['entropy_at_teacher_states']:.2f} nats at its own states, {t['entropy_at_student_states']:.2f} at the student's,"
@@ -255,11 +257,10 @@ def opd_fig4():
     if fine := curves("object", "fkl-fine"):
         low = ", ".join(f"{100 * min(y[1:4]):.1f} (student {100 * y[0]:.1f})" for _, y in fine.values())
         yield f"Whether a dip hides between two evaluations: after 2, 4 and 6 updates of forward KL the least success is {low}.\n"
-    if there(["plain-exact"], ["object"]):
-        yield f"The papers' teachers were not trained that way. The plain teacher was: undisturbed demonstrations, each label one bin. It has {cell('plain-teacher', ['object'])}."
-        yield "Its rows say whether the objectives end as they do because the shipped teacher is smooth.\n"
-        for k in ("plain-fkl", "plain-ce"):
-            compare(f"exact reverse KL ends above {STYLE[k][0]}", "plain-exact", k, ["object"])
+    if read("object", "plain-teacher"):
+        yield f"The papers' models were not trained that way. The plain teacher was: undisturbed demonstrations, each label one bin ({cell('plain-teacher', ['object'])}).\n"
+    if read("object", "sharp-student"):
+        yield f"The sharp student is as the papers', too: the base after one demonstration a task, each label one bin ({cell('sharp-student', ['object'])}).\n"
 
 
 def opd_fig5():
