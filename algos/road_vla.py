@@ -555,6 +555,9 @@ def main(args):
     groups = [dict(params=[p for p in policy.parameters() if p.requires_grad]), dict(params=model.value.parameters(), lr=args.value_learning_rate)]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=args.adam_eps, weight_decay=.01)
     first = run.load([optimizer]) if args.resume else 0
+    cost = {"charts/reference_env_steps": sum(row["charts/env_steps"] for row in made["rows"][1:]),
+            "charts/reference_minutes": sum(row[k] for row in made["rows"][1:] for k in ("time/rollout", "time/advantages", "time/update")) / 60}
+    not args.resume or run.rows[0].items() >= cost.items() or sys.exit(f"{source} has gone on since {run.dir} began: that was another reference")
 
     def test(video=None):
         env.fixed_horizon, metrics = False, {}
@@ -564,9 +567,7 @@ def main(args):
             metrics |= {f"charts/{split}_{k}": v for k, v in zip(("success", "low", "high", "grasped"), (success.mean(), *wilson(success), grasped.mean()))}
         return metrics
 
-    if not args.resume:
-        minutes = sum(row[k] for row in made["rows"][1:] for k in ("time/rollout", "time/advantages", "time/update")) / 60        # what the reference cost
-        run.log(0, test() | {"charts/reference_env_steps": sum(row["charts/env_steps"] for row in made["rows"][1:]), "charts/reference_minutes": minutes})
+    args.resume or run.log(0, test() | cost)
     bar = tqdm(range(first + 1, args.num_iterations + 1), initial=first, total=args.num_iterations, disable=rank > 0, dynamic_ncols=True)
     for iteration in bar:
         rng = np.random.default_rng([args.seed, iteration, rank])                        # so that --resume needs no random state

@@ -287,6 +287,10 @@ def test_the_reference_is_a_finished_run(tmp_path, monkeypatch):
         critics.play(road_vla, tmp_path, "run", reference=str(source))
     (source / "args.json").write_text(json.dumps(args))
     critics.play(road_vla, tmp_path, "run", reference=f"{source}/checkpoint/", num_iterations=1)     # named as --student is
+    made = json.loads((source / "checkpoint/progress.json").read_text())
+    (source / "checkpoint/progress.json").write_text(json.dumps(made | dict(rows=made["rows"] + made["rows"][-1:])))
+    with pytest.raises(SystemExit, match="has gone on since .*run began"):
+        critics.play(road_vla, tmp_path, "run", reference=f"{source}/checkpoint/", num_iterations=2, resume=True)
     with pytest.raises(SystemExit, match="is no run of ppo.py"):     # but ROAD's own, whose cost is that of two runs
         critics.play(road_vla, tmp_path, "again", reference=str(tmp_path / "run"), num_iterations=1)
 
