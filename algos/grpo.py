@@ -1,7 +1,7 @@
 """GRPO: reinforcement learning of a vision-language-action model from success alone, in one file.
 
     python algos/grpo.py --env tabletop-object                          # a laptop: 2 cores, minutes
-    python algos/grpo.py --student runs/tabletop-object-vla_opd-1/checkpoint    # VLA-OPD's "Distill + GRPO"
+    python algos/grpo.py --student runs/tabletop-object-vla_opd-1/checkpoint --learning-rate 1e-4 --num-iterations 120     # VLA-OPD's "Distill + GRPO"
     torchrun --nproc-per-node 8 algos/grpo.py --env ENV --student 7B --lora-rank 32 --dtype bfloat16 --learning-rate 5e-6 --temperature 1.6 --updates-per-rollout 4 \\
         --adam-eps 1e-8 --micro-batch-size 8 --query-batch-size 32 --num-envs 64
 
@@ -15,7 +15,8 @@ What matters, and why
  4. Clip-higher: a token's ratio p/p_old may rise by 0.28 but fall by 0.2 only, so that rare tokens can grow.
  5. --loss-agg seq: the mean over an optimiser step's trajectories of the mean over a trajectory's tokens; token: the mean over all tokens.
     Tokens behind the episode's end, inside a chunk too, are no part of the trajectory: weight 0.  (TorchRL's vla_grpo trains on those, too.)
- 6. (*) Training and evaluation have different initial states.  The defaults suit the tiny model; theirs (for full fine-tuning) are in the torchrun line.
+ 6. (*) Training and evaluation have different initial states.  The defaults suit the tiny student; theirs (for full fine-tuning) are in the torchrun line.  A
+    distilled policy fails rarely, so it has little to learn from in an iteration: at the default rate it gets worse, at a lower one better, slowly (results/).
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass

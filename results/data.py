@@ -157,7 +157,7 @@ def spent(rows, budget=np.inf):
 
 def whole(suite, algorithm):
     """The same, mean over the seeds, with the run that it starts from (Distill + GRPO) or whose critic is the reference (ROAD)."""
-    before = read(suite, "opd-exact") if algorithm == "distill-grpo" else {}
+    before = read(suite, "opd-exact") if algorithm.startswith("distill-grpo") else {}
     return np.mean([spent(rows) + [rows[0].get(f"charts/reference_{k}", 0) for k in ("env_steps", "minutes")] + (spent(before[seed]) if seed in before else 0)
                     for seed, rows in read(suite, algorithm).items()], 0)
 

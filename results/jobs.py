@@ -53,7 +53,7 @@ TABLES = [                                               # table or figure, suit
     ("opd-fig4", ("object", "two-arm"), "opd-exact opd-sampled dagger-fkl dagger-ce"), ("opd-fig4", ("",), "entropy"),
     ("opd-fig4", ("object",), "plain-exact plain-sampled plain-fkl plain-ce fkl-fine sharp-exact sharp-sampled sharp-fkl sharp-ce"),
     ("opd-fig5", ("object",), "opd-exact opd-g2 opd-g4"),
-    ("algorithms", ("object",), "student teacher opd-exact opd-sampled opd-g2 opd-g4 dagger-fkl dagger-ce grpo distill-grpo ppo road opd-rollout-reward make-teacher"),
+    ("algorithms", ("object",), "student teacher opd-exact opd-sampled opd-g2 opd-g4 dagger-fkl dagger-ce grpo distill-grpo ppo road opd-rollout-reward make-teacher distill-grpo-slow"),
     ("opd-table3", ("two-arm",), "student teacher opd-exact grpo distill-grpo"),
     ("opd-fig3", ("object", "goal", "spatial"), "base"), ("opd-fig3", ("object",), "student"),
     ("opd-fig3", ("goal", "spatial"), "forget-student forget-sft-many forget-grpo forget-opd-exact forget-distill-grpo"),

@@ -108,9 +108,9 @@ def named(algorithms, suite, *columns):
 # --------------------------------------------------------------------------------------------------------------------- VLA-OPD
 def compared():
     """Environment steps that all have in common, a row an algorithm."""
-    order = ("grpo", "ppo", "road", "opd-exact", "opd-sampled", "opd-rollout-reward", "opd-g2", "opd-g4", "dagger-fkl", "dagger-ce", "distill-grpo")
+    order = ("grpo", "ppo", "road", "opd-exact", "opd-sampled", "opd-rollout-reward", "opd-g2", "opd-g4", "dagger-fkl", "dagger-ce", "distill-grpo", "distill-grpo-slow")
     runs, rows = {k: read("object", k) for _, k in there(order, ["object"])}, []
-    budget = min((spent(r)[0] for k, each in runs.items() if k not in ("opd-g2", "opd-g4", "distill-grpo") for r in each.values()), default=0)
+    budget = min((spent(r)[0] for k, each in runs.items() if k not in ("opd-g2", "opd-g4") and not k.startswith("distill") for r in each.values()), default=0)
     for k, each in runs.items() if budget else ():
         both = [(np.interp(min(budget, c[0][-1]), *c), np.interp(np.linspace(0, budget, 200), *c).mean()) for c in curves("object", k).values()]
         steps, minutes = whole("object", k)
@@ -125,7 +125,7 @@ def algorithms():
         return
     yield f"All start from the shipped student: {cell('student', ['object'])}; its teacher: {cell('teacher', ['object'])}. Success at {budget:.0f} environment"
     yield "steps of the run's own (interpolated), and at its end. Area: mean success over those steps, a shorter run keeping its last value. Entropy: nats a token,"
-    yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps. ROAD's reference critic is a finished PPO run, so"
+    yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps (of the longer run: of a busy machine). ROAD's reference critic is a finished PPO run, so"
     yield "its honest cost, in the last two columns, is both; that of Distill + GRPO is with the distillation before it. The teacher's is in none of them" + (
         f": {np.mean([sum(x.get('charts/samples', 0) for x in r) for r in make.values()]):.0f} pictures of a scripted expert, "
         f"{np.mean([spent(r)[1] for r in make.values()]):.1f} minutes, from the base (made again: {cell('make-teacher', ['object'])}).\n" if make else ".\n")
