@@ -19,7 +19,7 @@ STYLE = {
     "teacher": ("Teacher", "#999999", ":"), "base": ("Base", "#999999", "--"), "student": ("Student", "#999999", "-"), "grpo": ("GRPO", "#000000", "-"),
     "ppo": ("PPO", "#999999", "-"), "ppo-long": ("PPO, 200 iterations", "#999999", "--"), "sft-many": ("SFT, 50 demonstrations a task", "#009e73", "-"),
     "opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "opd-sampled": ("VLA-OPD, sampled", "#0072b2", "-"), "distill-grpo": ("Distill + GRPO", "#d55e00", "--"),
-    "distill-grpo-long": ("Distill + GRPO, longer", "#d55e00", "-."),
+    "distill-grpo-long": ("Distill + GRPO, longer, learning rate 4e-4", "#d55e00", "-."),
     "distill-grpo-slow": ("Distill + GRPO, longer, learning rate 1e-4", "#d55e00", ":"),
     "all-states-opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "all-states-distill-grpo-slow": ("Distill + GRPO, longer, learning rate 1e-4", "#d55e00", ":"),
     "opd-rollout-reward": ("VLA-OPD, sampled, log p in the reward of the policy that played", "#f0e442", "-"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00", "-"),

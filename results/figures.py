@@ -11,6 +11,7 @@ from data import SHIFTS, STYLE, curve, curves, ends, read, there
 matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 180})
 STEPS, ITERATION, SUCCESS, ENTROPY = "environment steps, thousands", "iteration", "greedy success", "entropy, nats a token"
 OOD = "charts/ood_success"
+LONGER = {"distill-grpo-long": "#0072b2", "distill-grpo-slow": "#d55e00"}
 OKABE_ITO = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
 
 
@@ -89,6 +90,17 @@ def draw():
                 axis.set(title=f"{title} ({len(y)} seed{'s' * (len(y) > 1)})", ylabel=label, xlabel=ITERATION if line is axes[-1] else "")
             line[0].set_ylim(0, 1)
         save(figure, "opd-fig4.png")
+    if longer := [k for _, k in there(("distill-grpo-long", "distill-grpo-slow"), ["object"])]:
+        figure, ((left, right),) = panels(1, 2, 2.3, sharex=True, sharey=True)
+        for k in longer:
+            for x, y in curves("object", k, "charts/success_rate", "iteration").values():
+                left.plot(x[4:], np.convolve(y, np.ones(5) / 5, "valid"), color=LONGER[k], lw=1.3)
+            band(right, "object", k, eval_, "iteration", STYLE[k][0])
+            right.lines[-1].set(color=LONGER[k], ls="-"), right.collections[-1].set_color(LONGER[k])
+        for value in ends("teacher", ["object"])[0]:
+            right.axhline(value, color="#000000", ls=":", lw=.8, label="Teacher")
+        left.set(title="rollouts, sampled, running mean of 5", xlabel=ITERATION, ylabel="success", ylim=(None, 1)), right.set(title="evaluation, greedy", xlabel=ITERATION)
+        save(figure, "opd-table2.png", 3)
     grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)],
             labels={"opd-exact": "VLA-OPD, exact, G = 8"})
     for name, others in (("alpha", ("road-alpha-0", "road", "road-alpha-1")), ("reference", (*(f"road-reference-{n}" for n in (10, 20, 30)), "road"))):

@@ -519,7 +519,7 @@ def runs():
 # title, what ./benchmark.sh runs, the text, the figure
 SECTIONS = [
     ("Every algorithm at equal environment steps", "algorithms", algorithms, "algorithms.png"), ("VLA-OPD, Figure 2: efficiency", "opd-fig2", opd_fig2, "opd-fig2.png"),
-    ("VLA-OPD, Table 2: four suites", "opd-table2", opd_table2, ""), ("VLA-OPD, Table 3: two arms", "opd-table3", opd_table3, ""),
+    ("VLA-OPD, Table 2: four suites", "opd-table2", opd_table2, "opd-table2.png"), ("VLA-OPD, Table 3: two arms", "opd-table3", opd_table3, ""),
     ("VLA-OPD, Figure 3: forgetting", "opd-fig3", opd_fig3, "opd-fig3.png"), ("VLA-OPD, Figure 4: objectives", "opd-fig4", opd_fig4, "opd-fig4.png"),
     ("VLA-OPD, Figure 5: group size", "opd-fig5", opd_fig5, "opd-fig5.png"), ("ROAD-VLA, Table 1: seven shifts", "road-table1", road_table1, ""),
     ("ROAD-VLA against PPO, longer", "road-long", road_long, "road-long.png"),
