@@ -72,7 +72,7 @@ class Args:
     gate: bool = True  # mix only where the two critics agree on the sign
     positive_only: bool = False  # w of below-average tokens is 0
     divergence: Literal["fkl", "jsd"] = "fkl"  # KL(teacher || student), or Jensen-Shannon
-    distill_coefficient: float = 0.5  # of the distillation loss
+    distill_coefficient: float = 0.5  # of the distillation loss, see 3
     ppo_term: bool = True  # PPO's policy loss as well; without it the distillation loss alone, Algorithm 1
 
 if __name__ == "__main__":
