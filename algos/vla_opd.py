@@ -44,7 +44,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the model; trained weights and log-probabilities stay float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto takes a GPU if there is one
     eval_every: int = 5  # evaluate every so many iterations, and at the end
-    eval_episodes_per_task: int = 20  # evaluation episodes per task, on so many (or all) of the split's initial states, not those of training
+    eval_episodes_per_task: int = 20  # evaluation episodes per task, one from each of so many of the split's initial states, or of all
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     resume: bool = False  # go on from the checkpoint in --run-dir
     # --- end flags
