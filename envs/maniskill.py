@@ -1,7 +1,8 @@
 """ManiSkill 3.  Our put-on-plate family, a Panda, objects and receptacles from primitives, no download, under ROAD-VLA's seven shifts:
     maniskill-{unseen-table, dynamic-texture, dynamic-noise, multi-object, multi-receptacle, init-pose, repositioning}
-and ManiSkill's own tasks that need no download, as they are:
+and ManiSkill's own tasks that need no download, as they are (but that the goals are drawn that it hides from cameras and gives as numbers):
     maniskill:PickCube-v1, maniskill:StackCube-v1, with two arms maniskill:TwoRobotPickCube-v1, maniskill:TwoRobotStackCube-v1, ...
+The family and these two tasks of two arms have a scripted expert and keypoints.
 
 Actions are ManiSkill's pd_ee_delta_pose at 20 Hz: 0.1 m and 0.1 rad a unit (a positive rotation turns backwards there), the gripper closes at -1, opens at 1.
 Initial states of the family say everything about a scene (`scene` below), those of ManiSkill's tasks are its seeds.  Success is that the object rests on the
@@ -27,11 +28,12 @@ HEIGHT = dict(cube=.02, ball=.022, can=.03, brick=.018, pill=.017)           # o
 OBJECTS = ("red cube", "green ball", "blue can", "yellow brick", "purple pill", "orange cube", "white ball", "black can", "pink brick", "cyan pill")
 UNSEEN = ("blue cube", "yellow ball", "green can", "red brick", "orange pill", "purple cube", "pink ball", "cyan can", "white brick", "black pill")
 PLATES = ("white plate", "blue plate", "red plate", "green plate", "yellow plate")       # the last two are never seen in training
-KEYPOINTS = (*COLOURS, *PLATES, "hand")                                      # objects by colour: no two of a scene share one
+KEYPOINTS = (*COLOURS, *PLATES, "hand", "left hand", "goal")                 # objects by colour: no two of a scene share one
 RADIUS, THICK = .065, .01                                                    # a plate's
 SENTENCES = {"PickCube-v1": "pick up the red cube and move it to the green goal", "StackCube-v1": "stack the red cube on the green cube",
              "TwoRobotPickCube-v1": "hand over the red cube and move it to the green goal",
              "TwoRobotStackCube-v1": "put the green cube on the goal and the blue cube on top"}
+TWO_ARMS = tuple(k for k in SENTENCES if k.startswith("TwoRobot"))
 # --no-deps: sapien would bring a second OpenCV, which needs a display's libraries.
 INSTALL = ("pip install scipy h5py pyyaml requests transforms3d lxml trimesh imageio IPython defusedxml dacite opencv-python-headless && "
            "pip install --no-deps mani_skill==3.0.1 sapien==3.0.3 pytorch_kinematics==0.7.6 arm_pytorch_utilities pytorch_seed")
@@ -159,16 +161,18 @@ class ManiSkillEnv(SimulatorEnv):
     def _grasped(self):
         return self.holding
 
+    def _needs_ours(self, what):
+        if self.name not in SHIFTS and self.name[1:] not in TWO_ARMS:
+            raise SystemExit(f"{self.label} has no {what}: the maniskill-* suites have, and maniskill:{{{', '.join(TWO_ARMS)}}}")
+
     def expert_action(self):
-        if self.name not in SHIFTS:
-            raise SystemExit(f"{self.label} has no scripted expert: the maniskill-* suites have one")
-        action, rows = np.zeros((self.num_envs, 7)), np.flatnonzero(~self.done)
+        self._needs_ours("scripted expert")
+        action, rows = np.zeros((self.num_envs, self.suite.action_dim)), np.flatnonzero(~self.done)
         action[rows] = self._call("expert", rows) if len(rows) else 0
         return action
 
     def keypoints(self):
         """What is where in the picture: an index into KEYPOINTS (-1: not in sight) [N, things] and pixels (x, y) [N, things, 2]."""
-        if self.name not in SHIFTS:
-            raise SystemExit(f"{self.label} has no keypoints: the maniskill-* suites have them")
+        self._needs_ours("keypoints")
         seen = self._call("keypoints", range(self.num_envs))
         return seen[..., 0].astype(int), seen[..., 1:]

@@ -221,8 +221,6 @@ class Simulation:
 
     def look(self, rows):
         """What the camera sees now, with the textures of the dynamic suites blended in, uint8."""
-        for thing in self.sim._hidden_objects:
-            thing.hide_visual()
         self.sim.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         camera = self.sim._sensors.get("base_camera") or next(iter(self.sim._sensors.values()))         # a task may make new ones when it is reset
         camera.capture()
@@ -238,40 +236,79 @@ class Simulation:
         return picture[rows].cpu().numpy()
 
     def keypoints(self, rows):
-        """An index into KEYPOINTS (-1: not in sight) and the pixel (x, y) of every object, plate and hand that there is, [rows, things, 3]."""
-        names, sim, camera = (*MOVABLE, *PLATES), self.sim, self.sim._sensors["base_camera"].get_params()
-        at = torch.stack([a.pose.p for a in (*(sim.things[k] for k in names), sim.agent.tcp)], 1)
+        """An index into KEYPOINTS (-1: not in sight) and the pixel (x, y) of every object, plate, goal and hand that there is, [rows, things, 3]."""
+        sim, camera = self.sim, self.sim._sensors["base_camera"].get_params()
+        if self.ours:
+            what = [(k if k in PLATES else k.split()[0], thing) for k, thing in sim.things.items() if k in (*MOVABLE, *PLATES)] + [("hand", sim.agent.tcp)]
+        else:
+            things = [("blue", sim.cubeA), ("green", sim.cubeB), ("goal", sim.goal_region)] if hasattr(sim, "cubeB") else [("red", sim.cube), ("goal", sim.goal_site)]
+            what = [*things, ("left hand", sim.left_agent.tcp), ("hand", sim.right_agent.tcp)]
+        at = torch.stack([thing.pose.p for _, thing in what], 1)
         world_to_camera, projection = camera["extrinsic_cv"].mT, camera["intrinsic_cv"].mT
         u, v, z = ((at @ world_to_camera[:, :3] + world_to_camera[:, 3:]) @ projection).unbind(-1)
         x, y, size = u / z, v / z, self.image                                # what is parked lies behind the camera
-        index = torch.tensor([KEYPOINTS.index(k if k in PLATES else k.split()[0]) for k in (*names, "hand")], device=at.device)
+        index = torch.tensor([KEYPOINTS.index(name) for name, _ in what], device=at.device)
         index = torch.where((z > 0) & (x > 0) & (x < size) & (y > 0) & (y < size), index, -1)
         return torch.stack([index, x - .5, y - .5], -1)[rows].cpu().numpy()  # the first pixel's middle is 0
 
     def expert(self, rows):
-        """A controller without memory, so that it recovers from anywhere: above the object, down, close; up, across, down, open."""
+        """Controllers without memory, so that they recover from anywhere."""
         sim, get = self.sim, lambda x: x.cpu().numpy().astype(float)[rows]
-        hand, turn = get(sim.agent.tcp.pose.p), get(sim.agent.tcp.pose.to_transformation_matrix())[:, :3, :3]
+        if not self.ours:
+            return self.two_arms(get)
+        which = sim.thing.cpu().numpy()[rows]
         pose, plate = (get(sim.of_mine(*x)) for x in ((sim.thing, lambda a: a.pose.raw_pose, MOVABLE), (sim.plate, lambda a: a.pose.p, PLATES)))
-        which, held, at, (w, x, y, z) = sim.thing.cpu().numpy()[rows], get(sim.held()) > 0, pose[:, :3], pose[:, 3:].T
-        alike, rest, up = EASY[which], REST_Z[which], np.array([0, 0, 1.])
-        yaw = np.arctan2(2 * (x * y + w * z), 1 - 2 * (y * y + z * z))
-        yaw = np.where(held, np.arctan2(turn[:, 1, 0], turn[:, 0, 0]), np.where(alike > 0, (yaw + alike / 2) % np.maximum(alike, .1) - alike / 2, 0))
-        ahead = np.stack([np.cos(yaw), np.sin(yaw), 0 * yaw], 1)             # the hand looks down; its fingers close along its second axis
-        want = np.stack([ahead, np.cross(-up, ahead), 0 * ahead - up], 2)
-        spin = np.cross(turn, want, axis=1).sum(2) / 2
-        flat = lambda v: np.linalg.norm(v[:, :2], axis=1)
-        far, twist, away, height = flat(at - hand), np.linalg.norm(spin, axis=1), flat(plate - at), at[:, 2] - rest - THICK
-        near = (np.linalg.norm(at - hand, axis=1) < .015) & (twist < .15)
-        placed = ~held & (away < RADIUS - .01) & (abs(height) < .01)
-        drop = held & (away < .015) & (height < .006)
-        pick = at + up * np.clip(np.maximum(4 * (far - .008), .3 * (twist - .15)), 0, .09)[:, None]
-        carry = np.where(((height > .03) | (away < .03))[:, None], plate, at) * (1, 1, 0) + hand - at
-        carry[:, 2] += THICK + rest + .055 * (away > .012)
-        way = np.where(held[:, None], carry, np.where(placed[:, None], hand + .05 * up, pick)) - hand
-        close = held & ~drop | ~placed & ~held & near
-        way = np.where(drop[:, None], 0, way) / np.maximum(abs(way).max(1, keepdims=True), .06)
-        return np.concatenate([way, -15 * spin / np.maximum(15 * np.linalg.norm(spin, axis=1, keepdims=True), 1), np.where(close, -1., 1)[:, None]], 1)
+        plate[:, 2] = REST_Z[which] + THICK
+        return pick_and_place(get(sim.agent.tcp.pose.to_transformation_matrix()), pose, EASY[which], get(sim.held()) > 0, plate, RADIUS - .01)
+
+    def two_arms(self, get):
+        """TwoRobotPickCube: the left arm puts the cube where the right one reaches it, which takes it to the goal.  TwoRobotStackCube: both arms pick their
+        cube up, the right one puts its own on the goal and makes room, the left one stacks."""
+        sim, stack = self.sim, hasattr(self.sim, "cubeB")
+        arms, things = (sim.left_agent, sim.right_agent), (sim.cubeA, sim.cubeB) if stack else (sim.cube, sim.cube)
+        goal, one, two, left, right = (get(x.pose.p) for x in (sim.goal_region if stack else sim.goal_site, *things, *(arm.tcp for arm in arms)))
+        holds = [get(arm.is_grasping(thing)) > 0 for arm, thing in zip(arms, things)]
+        if stack:
+            placed = ~holds[1] & (np.linalg.norm((two - goal)[:, :2], axis=1) < .055) & (two[:, 2] < .025)
+            room, ready = placed & (right[:, 1] > .08), placed | holds[0] & (one[:, 1] < -.17)
+            goals = [np.where(room[:, None], two + (0, 0, .04), one * (1, 0, 0) + (0, -.2, .2)),
+                     np.where(ready[:, None], goal * (1, 1, 0) + (0, .035, .02), two * (1, 0, 0) + (0, .15, .15))]       # the goal's edge: it reaches no farther
+            let_go, idle = (room, ready), (room & ~holds[0] & (one[:, 2] > .05), placed)
+        else:
+            handed = ~holds[0] & (one[:, 1] > 0)
+            goals, let_go, idle = (0 * one + (0, .03, .02), goal), (True, False), (handed, ~holds[1] & ~(handed & (left[:, 1] < -.1)))
+        action = []
+        for k, arm in enumerate(arms):
+            to_base = arm.robot.pose.inv()
+            base, thing = get(to_base.to_transformation_matrix()), get((to_base * things[k].pose).raw_pose)
+            there = (base[:, :3, :3] @ goals[k][:, :, None])[:, :, 0] + base[:, :3, 3]
+            hand, quarter = base @ get(arm.tcp.pose.to_transformation_matrix()), np.full(len(thing), np.pi / 2)
+            action.append(pick_and_place(hand, thing, quarter, holds[k], there, .02, let_go[k], idle[k], tilt=.5))       # tilted it reaches farther
+        return np.concatenate(action, 1)
+
+
+def pick_and_place(hand, pose, alike, held, goal, within, let_go=True, idle=False, tilt=0.):
+    """Arms' next actions, all in their bases' frames: above the thing, down, close; up, across, down to the goal (where the thing's middle is to rest), open if
+    it may let go; back up from what is less than `within` off.  alike: the turn after which the thing looks the same, 0 a ball.  The idle keep away."""
+    hand, turn, at, (w, x, y, z), up = hand[:, :3, 3], hand[:, :3, :3], pose[:, :3], pose[:, 3:].T, np.array([0, 0, 1.])
+    yaw = np.arctan2(2 * (x * y + w * z), 1 - 2 * (y * y + z * z))
+    yaw = np.where(held, np.arctan2(turn[:, 1, 0], turn[:, 0, 0]), np.where(alike > 0, (yaw + alike / 2) % np.maximum(alike, .1) - alike / 2, 0))
+    ahead = np.stack([np.cos(yaw), np.sin(yaw), 0 * yaw], 1)                 # the hand looks down, or ahead by the tilt; its fingers close along its second axis
+    want = np.stack([np.cos(tilt) * ahead + np.sin(tilt) * up, np.cross(-up, ahead), np.sin(tilt) * ahead - np.cos(tilt) * up], 2)
+    spin = np.cross(turn, want, axis=1).sum(2) / 2
+    flat = lambda v: np.linalg.norm(v[:, :2], axis=1)
+    far, twist, away, height = flat(at - hand), np.linalg.norm(spin, axis=1), flat(goal - at), at[:, 2] - goal[:, 2]
+    near = (np.linalg.norm(at - hand, axis=1) < .015) & (twist < .15)
+    placed = ~held & ((away < within) & (abs(height) < .01) | idle)
+    drop = held & (away < .015) & (height < .006) & let_go
+    pick = at + up * np.clip(np.maximum(4 * (far - .008), .3 * (twist - .15)), 0, .09)[:, None]
+    carry = np.where(((height > .03) | (away < .03))[:, None], goal, at) * (1, 1, 0) + hand - at
+    carry[:, 2] += goal[:, 2] + .055 * (away > .012)
+    home = np.where((idle & (hand[:, 2] > .15))[:, None], (.55, 0, .2), hand + .05 * up)
+    way = np.where(held[:, None], carry, np.where(placed[:, None], home, pick)) - hand
+    close = held & ~drop | ~placed & ~held & near
+    way = np.where(drop[:, None], 0, way) / np.maximum(abs(way).max(1, keepdims=True), .06)
+    return np.concatenate([way, -15 * spin / np.maximum(15 * np.linalg.norm(spin, axis=1, keepdims=True), 1), np.where(close, -1., 1)[:, None]], 1)
 
 
 def serve(descriptor, env_id, image, full_meshes):
