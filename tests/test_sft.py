@@ -1,6 +1,7 @@
 """Supervised fine-tuning: what it learns from and whether it learns; evaluation's numbers."""
 import csv
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,6 +132,23 @@ def test_micro_batches_are_the_batch(tmp_path, monkeypatch):
     assert all(abs(float(one[k]) - float(two[k])) < 1e-3 for k in ("losses/policy_loss", "losses/within_10_bins"))
 
 
+def test_two_processes_log_the_loss_of_both(tmp_path, monkeypatch):
+    """Each has half of the demonstrations, in one step; the loss is that of all of them."""
+    kw = dict(learning_rate=1e-12, batch_size=4096, num_iterations=1)
+    (alone,), (image, text, target) = train(tmp_path, monkeypatch, "alone", **kw)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(small.free_port())]
+    given = dict(FEW, student=small.checkpoints(tmp_path)["student"], run_dir="both", **kw)
+    status, out, err = small.call(words + small.command("sft.py", **given)[1:], tmp_path)
+    assert status == 0, err
+    both, = csv.DictReader(open(tmp_path / "both" / "metrics.csv"))
+    for k in ("losses/policy_loss", "losses/within_10_bins"):
+        assert abs(float(both[k]) - float(alone[k])) < 1e-3 * float(alone[k]), k
+    model, half = vla_opd.VLA.load(given["student"]), np.random.default_rng([1, 1]).permutation(len(target) // 2 * 2)[::2]
+    with torch.no_grad():
+        hits = (model.score(image[half], [text[i] for i in half], target[half]).argmax(-1) - target[half]).abs() <= 10
+    assert abs(hits.float().mean() - float(alone["losses/within_10_bins"])) > 5e-3 * float(alone["losses/within_10_bins"])     # the first's own differs
+
+
 def test_another_robot_needs_all_weights(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="has 7 action dimensions, tabletop-two-arm 14: .*without --lora-rank"):
         train(tmp_path, monkeypatch, "run", env="tabletop-two-arm", lora_rank=2)
@@ -192,6 +210,14 @@ def test_a_policy_in_between():
             if clean[i:i + 4].all():
                 assert (abs(np.lib.stride_tricks.sliding_window_view(actions, (4, 7))[:, 0] - wanted[i:i + 4]).max((1, 2)) < 1e-6).any()
     assert gaps >= 3
+
+
+def test_a_policy_in_between_plays_in_batches():
+    import envs
+    env, model, sizes = envs.make("tabletop-object", 4, 1), small.model(), []
+    act, env.suite.tasks = model.act, env.suite.tasks[:4]
+    model.act = lambda pictures, *rest: sizes.append(len(pictures)) or act(pictures, *rest)
+    assert len(sft.play_expert(env, 1, 0., np.random.default_rng(0), model, 3)) == 4 and sizes == [3, 1] * (len(sizes) // 2) != []
 
 
 @pytest.mark.parametrize("flags,said", [
