@@ -466,18 +466,23 @@ def test_two_robots_through_the_scripts(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------- by hand
 def expert(states):
     env = envs.make("maniskill-repositioning", 512)
-    for name in SHIFTS:
-        env.name = name
+    for name in (*SHIFTS, *(f":{task}" for task in maniskill.TWO_ARMS)):
+        if name in SHIFTS:
+            env.name = name                              # a worker can show every suite's scenes
+        else:
+            env.close()
+            env = envs.make(f"maniskill{name}", 512)
+        tasks = len(env.suite.tasks)
         for split in env.suite.splits:
             wins = steps = 0
             for first in range(0, states, env.num_envs):
                 index, mask = first + np.arange(env.num_envs), first + np.arange(env.num_envs) < states
-                reset(env, name, index % 10, np.array(env.suite.splits[split])[index % 100], split, mask=mask)
+                env.reset(options=dict(task=index % tasks, init_state=np.array(env.suite.splits[split])[index % 100], split=split, mask=mask))
                 env.done[~mask] = True
                 while not env.done.all():
                     env.step(env.expert_action()[:, None])
                 wins, steps = wins + env.succeeded[mask].sum(), steps + env.steps[mask].sum()
-            print(f"{name:18s} {split:5s} {wins:3d} of {states}, {steps / states:.0f} steps", flush=True)
+            print(f"{name:21s} {split:5s} {wins:3d} of {states}, {steps / states:.0f} steps", flush=True)
 
 
 def seconds(pid):
