@@ -115,6 +115,20 @@ def test_end_to_end(tmp_path, name, decoding):
         assert timeless(other)[1] != timeless(run)[1]
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_adam_eps_reaches_the_optimizer(tmp_path, monkeypatch, name):
+    """7 B's 1e-8 moves weights whose gradients are far below the default's 1e-5."""
+    moved = {}
+    small.shorten(monkeypatch)                           # so that some succeed: GRPO learns from the difference
+    for eps in (1e-5, 1e-8):
+        monkeypatch.setattr(SCRIPTS[name].module, "evaluate", small.no_evaluation)
+        kw = {"seed": 1, "adam_eps": eps, "max_grad_norm": 1e-6, "num_iterations": 1}
+        run = train(name, tmp_path, f"{name}-{eps}", **kw)
+        before, after = (load_file(Path(k) / "model.safetensors") for k in (small.checkpoints(tmp_path)["student"], run / "checkpoint"))
+        moved[eps] = sum((after[k] - before[k]).abs().sum() for k in before)
+    assert moved[1e-8] > 5 * moved[1e-5] > 0, moved
+
+
 def test_torchrun(tmp_path):
     """Two processes: one run directory, written by the first; totals are over both."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(small.free_port())]
