@@ -10,7 +10,7 @@ from data import SHIFTS, STYLE, curve, curves, ends, read, there
 
 matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 180})
 STEPS, ITERATION, SUCCESS, ENTROPY = "environment steps, thousands", "iteration", "greedy success", "entropy, nats a token"
-OOD = "charts/ood_success"
+OOD, ALONE = "charts/ood_success", " (one seed)"
 LONGER = {"distill-grpo-long": "#0072b2", "distill-grpo-slow": "#d55e00"}
 OKABE_ITO = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
 
@@ -29,8 +29,16 @@ def band(axis, suite, algorithm, key="charts/eval_success", x="steps", label="")
         (seed, c), = lines.items()
         low, high = (np.interp(grid, c[0], curve(read(suite, algorithm)[seed], key.replace("success", end))[1]) for end in ("low", "high"))
     scale = 1e-3 if x == "steps" else 1
-    axis.plot(scale * grid, y.mean(0), color=colour, ls=line, lw=1.3, label=(label or name) + " (one seed)" * (len(y) == 1))
+    axis.plot(scale * grid, y.mean(0), color=colour, ls=line, lw=1.3, label=(label or name) + ALONE * (len(y) == 1))
     axis.fill_between(scale * grid, low, high, color=colour, alpha=.18, lw=0)
+
+
+def entitle(axis, title):
+    """Where all lines are of one seed, the title says so, once."""
+    lines = [line for line in axis.lines if line.get_label() != "Teacher"]
+    if alone := all(line.get_label().endswith(ALONE) for line in lines):
+        [line.set_label(line.get_label().removesuffix(ALONE)) for line in lines]
+    axis.set_title(title + ALONE * alone)
 
 
 def panels(rows, columns, height=2.1, **kw):
@@ -39,9 +47,13 @@ def panels(rows, columns, height=2.1, **kw):
 
 
 def save(figure, name, columns=4):
-    """One legend below all panels."""
+    """One legend below all panels, in fewer columns where the names are long."""
     found = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=7)
+    for n in range(columns, 0, -1):
+        legend = figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=n, fontsize=7)
+        if n == 1 or legend.get_window_extent().width < figure.bbox.width:
+            break
+        legend.remove()
     figure.savefig(data.FOLDER / name)
 
 
@@ -58,7 +70,8 @@ def grid_of(name, algorithms, suites, columns, legend=4, labels={}):
             if key == "charts/eval_success":
                 for value in ends("teacher", [suite])[0]:
                     axis.axhline(value, color="#000000", ls=":", lw=.8, label="Teacher")
-            axis.set(title=f"tabletop-{suite}", ylabel=label, xlabel=below if suite == suites[-1] else "")
+            axis.set(ylabel=label, xlabel=below if suite == suites[-1] else "")
+            entitle(axis, f"tabletop-{suite}")
             key.endswith("success") and axis.set_ylim(0, 1)
     save(figure, name, legend)
 
@@ -124,7 +137,8 @@ def draw():
         for axis, suite in zip(axes.flat, suites):
             for k in ("ppo", "road"):
                 band(axis, suite, k, OOD)
-            axis.set(title=suite, ylim=(0, 1))
+            axis.set_ylim(0, 1)
+            entitle(axis, suite)
         [axis.axis("off") for axis in axes.flat[len(suites):]]
         [axis.tick_params(labelbottom=True) for axis in axes.flat[max(0, len(suites) - 4):len(suites)]]
         axes[-1][0].set_xlabel(STEPS), figure.supylabel("success, out of distribution", fontsize=8)
