@@ -83,11 +83,12 @@ def seeds(algorithm, suites, split="eval"):
 
 
 def middle(algorithm, suites, split="eval"):
-    """IQM over seeds and tasks, where every suite has the episodes of the same seeds."""
+    """IQM over tasks and the seeds of which every suite has the episodes."""
     each = [played(suite, algorithm, split) for suite in suites]
-    if not all(each) or len({tuple(e) for e in each}) > 1:
+    common = sorted(set.intersection(*map(set, each)))
+    if not common:
         return ""
-    x = np.array([sum(([*tasks(e[seed]).values()] for e in each), []) for seed in each[0]])
+    x = np.array([sum(([*tasks(e[seed]).values()] for e in each), []) for seed in common])
     return ("{:.1f} [{:.1f}, {:.1f}]" if len(x) > 1 else "{:.1f}").format(*(100 * v for v in iqm(x)))
 
 
@@ -553,7 +554,7 @@ def page():
         "suites and models of 0.25 M parameters stand for the papers' simulators and 7 B: the papers' numbers beside ours say whether the same thing happens,",
         "not that it is as large.\n",
         "Success is greedy, in %, on initial states never trained on: mean over the seeds [lowest seed, highest seed], or of a single run [Wilson's 95 %",
-        "interval]; averages over suites are of the seeds that every suite has. IQM: the interquartile mean over seeds and tasks, its 95 % interval by a bootstrap of",
+        "interval]; averages over suites are of the seeds that every suite has. IQM: the interquartile mean over these and tasks, its 95 % interval by a bootstrap of",
         "the seeds within each task. A command gives the same numbers again on the same processor; on another one sums are rounded differently, after which a run",
         "of reinforcement learning can end as far away as another seed's.\n",
         *["A quick run: one seed, few iterations, few episodes. It shows that everything runs, not what the algorithms can.\n"] * (data.FOLDER.name == "quick"),

@@ -183,6 +183,15 @@ def test_iqm_and_its_interval_the_long_way():
     assert data.iqm(x[:1])[1:] == (data.iqm(x[:1])[0],) * 2                              # one seed says nothing about seeds
 
 
+def test_iqm_is_of_the_seeds_that_every_suite_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    (tmp_path / "episodes").mkdir()
+    for suite, seed, wins in (("object", 1, 3), ("object", 2, 0), ("goal", 1, 1)):
+        (tmp_path / "episodes" / f"tabletop-{suite}-ppo-{seed}.csv").write_text("task,init_state,success,grasped\n" + "".join(f"{t},{i},{i < wins:d},0\n" for t in range(4) for i in range(4)))
+    assert report.middle("ppo", ["object", "goal"]) == "50.0" and report.middle("ppo", ["goal"]) == "25.0" and report.middle("ppo", ["object", "long"]) == ""
+    assert report.middle("ppo", ["object"]).startswith("37.5 [")
+
+
 def test_the_episodes_of_an_interval_are_found():
     for n, k in itertools.product((10, 50, 200, 500), (0, .1, .455, .5, .9, 1)):
         p = round(k * n) / n
