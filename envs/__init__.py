@@ -116,7 +116,7 @@ def checkpoint(env_id, role):
     name, sft = f"{env_id}-{role}", Path(__file__).resolve().parents[1] / "algos" / "sft.py"
     folder, command = sft.parents[1] / "checkpoints" / name, [sys.executable, str(sft), "--make", name]
     if not env_id.startswith("tabletop") or not folder.exists() and not sft.exists():
-        made = f" (where there is a scripted expert, `python algos/sft.py --env {env_id}` makes one)" * (not env_id.startswith(("rl4vla", "robotwin", "maniskill:")))
+        made = f" (where there is a scripted expert, `python algos/sft.py --env {env_id}` makes one)" * (not env_id.startswith(("rl4vla", "robotwin")))
         raise SystemExit(f"{env_id} has no default {role} here: name a folder or a hub id with --{role} (evaluate.py: --checkpoint){made}")
     if not (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
         print(f"{folder} is missing; making it, in minutes (its base, if missing too, takes an hour): {' '.join(command)}", flush=True)

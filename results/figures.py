@@ -36,7 +36,7 @@ def band(axis, suite, algorithm, key="charts/eval_success", x="steps", label="")
 def entitle(axis, title):
     """Where all lines are of one seed, the title says so, once."""
     lines = [line for line in axis.lines if line.get_label() != "Teacher"]
-    if alone := all(line.get_label().endswith(ALONE) for line in lines):
+    if alone := bool(lines) and all(line.get_label().endswith(ALONE) for line in lines):
         [line.set_label(line.get_label().removesuffix(ALONE)) for line in lines]
     axis.set_title(title + ALONE * alone)
 
