@@ -1,7 +1,8 @@
 """ManiSkill 3.  Our put-on-plate family, a Panda, objects and receptacles from primitives, no download, under ROAD-VLA's seven shifts:
     maniskill-{unseen-table, dynamic-texture, dynamic-noise, multi-object, multi-receptacle, init-pose, repositioning}
-and ManiSkill's own tasks that need no download, as they are (but that the goals are drawn that it hides from cameras and gives as numbers):
+and ManiSkill's own tasks that need no download:
     maniskill:PickCube-v1, maniskill:StackCube-v1, with two arms maniskill:TwoRobotPickCube-v1, maniskill:TwoRobotStackCube-v1, ...
+as they are, but that the goals are drawn that it hides from cameras and gives as numbers, and that the cameras of these two look closer (VIEW).
 The family and these two tasks of two arms have a scripted expert and keypoints.
 
 Actions are ManiSkill's pd_ee_delta_pose at 20 Hz: 0.1 m and 0.1 rad a unit (a positive rotation turns backwards there), the gripper closes at -1, opens at 1.
@@ -34,6 +35,7 @@ SENTENCES = {"PickCube-v1": "pick up the red cube and move it to the green goal"
              "TwoRobotPickCube-v1": "hand over the red cube and move it to the green goal",
              "TwoRobotStackCube-v1": "put the green cube on the goal and the blue cube on top"}
 TWO_ARMS = tuple(k for k in SENTENCES if k.startswith("TwoRobot"))
+VIEW = {"TwoRobotPickCube-v1": .6, "TwoRobotStackCube-v1": .9}               # ManiSkill's pi / 2 shows two robots and a cube of 3 pixels in 96
 # --no-deps: sapien would bring a second OpenCV, which needs a display's libraries.
 INSTALL = ("pip install scipy h5py pyyaml requests transforms3d lxml trimesh imageio IPython defusedxml dacite opencv-python-headless && "
            "pip install --no-deps mani_skill==3.0.1 sapien==3.0.3 pytorch_kinematics==0.7.6 arm_pytorch_utilities pytorch_seed")

@@ -16,7 +16,7 @@ from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.sapien_utils import look_at
 from mani_skill.utils.structs.pose import Pose
-from envs.maniskill import COLOURS, HEIGHT, KEYPOINTS, OBJECTS, PLATES, RADIUS, SHAPES, THICK, UNSEEN, VULKAN, Unavailable
+from envs.maniskill import COLOURS, HEIGHT, KEYPOINTS, OBJECTS, PLATES, RADIUS, SHAPES, THICK, UNSEEN, VIEW, VULKAN, Unavailable
 
 REST, CAMERA = np.array([0, np.pi / 8, 0, -np.pi * 5 / 8, 0, np.pi * 3 / 4, np.pi / 4, .04, .04]), look_at([.34, 0, .45], [-.12, 0, .04])
 PARKED, JUMP, SURFACES = np.array([6., 0, 0]), 5, 17                         # behind the camera; the step in which things jump; tables, and textures
@@ -169,7 +169,7 @@ class Simulation:
             env_id = env_id or "PutOnPlate-v1"
             self.limit = gymnasium.spec(env_id).max_episode_steps or 100
             self.env = gymnasium.make(env_id, num_envs=num_envs, obs_mode="none", control_mode="pd_ee_delta_pose",
-                                      sensor_configs=dict(width=image, height=image),
+                                      sensor_configs=dict(width=image, height=image) | (dict(fov=VIEW[env_id]) if env_id in VIEW else {}),
                                       **on_gpu if self.device.type == "cuda" else dict(sim_backend="physx_cpu", render_backend="cpu"))
             self.sim = self.env.unwrapped
             self.sim._reward_mode = "none"                                   # nobody reads ManiSkill's own
