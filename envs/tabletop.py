@@ -246,13 +246,17 @@ class TabletopEnv(SimulatorEnv):
             paint(HAND + 15 * arm + 5 * (2 * self.open[rows, arm]).astype(int) + turn, hand[:, arm])
         picture = canvas[:, PAD:PAD + SIZE, PAD:PAD + SIZE]
         if self.name.startswith("dynamic"):                                 # a texture, cropped elsewhere at every step
+            mixed = picture >> 1
             for j, i in enumerate(rows):
                 rng = np.random.default_rng([self.seed, self.task[i], self.init_state[i], self.steps[i]])
                 which = 0 if self.split[i] != "ood" else 1 + (self.init_state[i] + self.task[i]) % 16
                 y, x = rng.integers(0, SIZE, 2)
-                mixed = picture[j] // 2 + textures[which, y:y + SIZE, x:x + SIZE] // 2
-                mask = True if ground is None else (picture[j] != ground[j, PAD:PAD + SIZE, PAD:PAD + SIZE]).any(-1, keepdims=True)
-                picture[j] = np.where(mask, mixed, picture[j])
+                mixed[j] += textures[which, y:y + SIZE, x:x + SIZE]
+            if ground is None:
+                return mixed
+            changed = picture ^ ground[:, PAD:PAD + SIZE, PAD:PAD + SIZE]
+            changed = (changed[..., 0] | changed[..., 1] | changed[..., 2]) > 0          # 14 times as fast as any(-1)
+            np.copyto(picture, mixed, where=changed[..., None].repeat(3, -1))
         return picture
 
     def keypoints(self):
@@ -271,7 +275,7 @@ WINDOW = (np.arange(2 * HALF)[:, None] * WIDE + np.arange(2 * HALF)).ravel()
 
 @functools.lru_cache(1)
 def _atlas():
-    """Every sprite at 16 sub-pixel phases as (premultiplied colour, 256 - alpha), the tables, and the textures of the dynamic suites."""
+    """Every sprite at 16 sub-pixel phases as (premultiplied colour, 256 - alpha), the tables, and the textures of the dynamic suites, halved."""
     y, x = np.mgrid[:2 * HALF, :2 * HALF].astype(float)
     colour, alpha = np.zeros((HAND + 30, 16, 4 * HALF * HALF, 3), np.uint8), np.zeros((HAND + 30, 16, 4 * HALF * HALF, 1), np.uint16)
     box = lambda u, v, a, b, r=0.: np.hypot(np.maximum(np.abs(u) - a + r, 0), np.maximum(np.abs(v) - b + r, 0)) - r + np.minimum(np.maximum(np.abs(u) - a, np.abs(v) - b) + r, 0)
@@ -332,7 +336,7 @@ def _atlas():
     waves = 128 + 120 * np.sin(rng.uniform(-.7, .7, (17, 1, 1, 3)) * np.arange(128)[:, None, None] + rng.uniform(-.7, .7, (17, 1, 1, 3)) * np.arange(128)[:, None])
     textures = np.where((np.arange(17) % 2)[:, None, None, None] == 0, noise, waves) * .5 + 64
     textures[0] = textures[0].mean(-1, keepdims=True)                        # the training texture is grey, the unseen ones have colours
-    return colour, alpha, tables, textures.astype(np.uint8)
+    return colour, alpha, tables, textures.astype(np.uint8) >> 1
 
 
 if __name__ == "__main__":                                                   # python -m envs.tabletop montage.png: the expert in every suite
