@@ -271,8 +271,11 @@ class Simulation:
         if stack:
             placed = ~holds[1] & (np.linalg.norm((two - goal)[:, :2], axis=1) < .055) & (two[:, 2] < .025)
             room, ready = placed & (right[:, 1] > .08), placed | holds[0] & (one[:, 1] < -.17)
+            lies = (np.linalg.norm((two - goal)[:, :2], axis=1) < .05) & (two[:, 2] < .026)        # good enough: it lets go there
+            stacked = (np.linalg.norm((one - two)[:, :2], axis=1) < .025) & (abs(one[:, 2] - two[:, 2] - .04) < .006)
             goals = [np.where(room[:, None], two + (0, 0, .04), one * (1, 0, 0) + (0, -.2, .2)),
                      np.where(ready[:, None], goal * (1, 1, 0) + (0, .035, .02), two * (1, 0, 0) + (0, .15, .15))]       # the goal's edge: it reaches no farther
+            goals = [np.where((there & here)[:, None], x * (1, 1, 0) + y * (0, 0, 1), y) for x, y, there, here in zip((one, two), goals, (room, ready), (stacked, lies))]
             let_go, idle = (room, ready), (room & ~holds[0] & (one[:, 2] > .05), placed)
         else:
             handed = ~holds[0] & (one[:, 1] > 0)
