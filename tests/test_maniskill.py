@@ -410,6 +410,29 @@ def test_two_robots_expert_and_keypoints(env_id, things):
         assert env_id == "TwoRobotPickCube-v1" or (together < 12).all()
 
 
+@simulated
+def test_two_robots_expert_lets_go_wherever_it_counts(monkeypatch):
+    """Not at its own mark alone: a policy that misses that by two centimetres has to learn to open its hand there as well."""
+    from envs.maniskill_worker import Pose, Simulation
+    simulation = Simulation("TwoRobotStackCube-v1", 1, 64, False, "cpu")
+    simulation.reset([0], [401])
+    sim, goal = simulation.sim, simulation.sim.goal_region.pose.p[0].numpy() * (1, 1, 0)
+    holds = {}
+    for arm, agent in (("left", sim.left_agent), ("right", sim.right_agent)):
+        monkeypatch.setattr(agent, "is_grasping", lambda thing, arm=arm: torch.tensor([holds[arm]]))
+
+    def opens(arm, blue, green, left, right):
+        holds.update(left=left, right=right)
+        sim.cubeA.set_pose(Pose.create_from_pq(torch.tensor(np.array([blue]), dtype=torch.float32)))
+        sim.cubeB.set_pose(Pose.create_from_pq(torch.tensor(np.array([green]), dtype=torch.float32)))
+        return simulation.expert([0])[0, 13 if arm == "right" else 6] > 0
+    waits = (0, -.2, .2)
+    for y, z, there in ((-.045, .02, True), (0, .02, True), (.045, .02, True), (-.06, .02, False), (.06, .02, False), (0, .04, False)):
+        assert opens("right", waits, goal + (0, y, z), True, True) == there, (y, z)
+    for x, z, there in ((-.02, .06, True), (.02, .06, True), (.03, .06, False), (0, .08, False)):
+        assert opens("left", goal + (x, 0, z), goal + (0, 0, .02), True, False) == there, (x, z)
+
+
 # --------------------------------------------------------------------------------------------------------------- the scripts
 @simulated
 def test_scripts(env, tmp_path, monkeypatch):
