@@ -2,7 +2,7 @@
 
     python algos/sft.py --make tabletop-object-student                         # a shipped checkpoint, by its recipe (RECIPES below)
     python algos/sft.py --env ENV --student DIR --data FOLDER                  # LIBERO's or robomimic's HDF5 demonstrations, actions as they are there
-    python algos/sft.py --env tabletop-goal --demos-per-task 1                 # a suite's scripted expert
+    python algos/sft.py --env tabletop-goal --demos-per-task 1                 # a suite's scripted expert; with --save-demos DIR it only writes them
 
 The loss is the cross-entropy of the 256 action tokens; --smoothing spreads each label over neighbouring bins (a Gaussian), which tells the model that
 bins are ordered.  The expert's demonstrations can be disturbed (--demo-noise): bursts of random actions that the expert then makes good.  Only windows
@@ -60,6 +60,7 @@ class Args:
     demos_per_task: int = 1  # demonstrations per task
     fresh_demos: bool = False  # new demonstrations every iteration (the scripted expert never tires)
     demo_noise: float = 0.0  # size of the bursts of random actions in the expert's demonstrations
+    save_demos: str = ""  # folder to write the expert's demonstrations to, and stop: HDF5 files, with keypoints, for --data
     demo_policy: str = ""  # a checkpoint that plays, sampled, in between; the expert finds back from where it went (DAgger's states)
     learning_rate: float = 1e-3  # AdamW's, falling to 0; Muon's is ten times it
     num_iterations: int = 30  # passes over the demonstrations
@@ -480,21 +481,25 @@ def tokens_of(model, actions):
     unit = ((np.asarray(actions, np.float64) - low) / np.maximum(high - low, 1e-8)).clip(0, 1)
     return torch.from_numpy(BINS - 1 - np.floor(unit * (BINS - 1)).astype(np.int64)).flatten(1)
 
-def play_expert(env, demos_per_task, noise, rng, intruder=None, batch_size=512):
-    """Episodes of the scripted expert: (images [T, H, W, 3], actions [T, dim], clean [T], instruction).  intruder: a policy that plays in between."""
+def play_expert(env, demos_per_task, noise, rng, intruder=None, batch_size=512, keypoints=False):
+    """Episodes of the scripted expert: (images [T, H, W, 3], actions [T, dim], clean [T], instruction).  intruder: a policy that plays in between.
+    keypoints: and what is where, [T, things, 3], an index (-1: not in sight) and parts of the picture."""
     n, tasks, demos = env.num_envs, len(env.suite.tasks), []
     generator = torch.Generator(intruder.device).manual_seed(int(rng.integers(2 ** 62))) if intruder else None
     gripper = np.arange(env.suite.action_dim) % 7 == 6
     for start in range(0, demos_per_task * tasks, n):
         task = (start + np.arange(n)) % tasks
         obs, _ = env.reset(options=dict(task=task, init_state=rng.choice(env.suite.splits["train"], n), split="train"))
-        images, actions, clean, live, burst, left = [], [], [], [], np.zeros(n, int), rng.integers(60) if intruder else 0
+        images, actions, clean, live, points, burst, left = [], [], [], [], [], np.zeros(n, int), rng.integers(60) if intruder else 0
         while not env.done.all():
             action = env.expert_action()
             burst = np.where((burst == 0) & (rng.random(n) < .08 * (noise > 0)), rng.integers(1, 8, n), np.maximum(burst - 1, 0))
             executed = action + (burst > 0)[:, None] * noise * (1 + gripper) * rng.standard_normal(action.shape)
             for series, x in zip((images, actions, clean, live), (obs["image"], action, burst == 0, ~env.done)):
                 series.append(x)
+            if keypoints:
+                index, at = env.keypoints()
+                points.append(np.concatenate([index[..., None], at / env.suite.image], -1))
             obs, left = env.step(executed[:, None])[0], left - 1
             if intruder and left < 0:                        # it loses its way, and the expert has to find back from there
                 for _ in range(rng.integers(1, 2 + env.suite.max_steps // intruder.chunk // 2)):
@@ -502,15 +507,36 @@ def play_expert(env, demos_per_task, noise, rng, intruder=None, batch_size=512):
                     tokens = [intruder.act(pictures[i:i + batch_size], texts[i:i + batch_size], 1., generator)[0] for i in range(0, n, batch_size)]
                     obs = env.step(intruder.actions(torch.cat(tokens)))[0]
                 left, clean[-1] = rng.integers(60, 120), np.zeros(n, bool)       # no label reaches over the gap
-        images, actions, clean, live = (np.stack(x, 1) for x in (images, actions, clean, live))
-        demos += [(images[i, :t], actions[i, :t], clean[i, :t], obs["instruction"][i]) for i, t in enumerate(live.sum(1)[:demos_per_task * tasks - start])
-                  if np.ptp(actions[i, :t], 0).any()]        # it stands still where it does not know the task
+        images, actions, clean, live, *points = (np.stack(x, 1) for x in (images, actions, clean, live, *[points] * keypoints))
+        demos += [(images[i, :t], actions[i, :t], clean[i, :t], obs["instruction"][i], *(x[i, :t] for x in points))
+                  for i, t in enumerate(live.sum(1)[:demos_per_task * tasks - start]) if np.ptp(actions[i, :t], 0).any()]        # it stands still where it does not know the task
     if len(demos) < demos_per_task * tasks:
         print(f"the scripted expert of {env.suite.name} does not know some of the tasks: {len(demos)} demonstrations instead of {demos_per_task * tasks}")
     return demos or sys.exit("no demonstrations: pass --data, a folder of HDF5 files")
 
+def write_hdf5(demos, folder, name):
+    """play_expert's, in robomimic's layout, one file an instruction.  A file is whole or not there."""
+    find_spec("h5py") or sys.exit("--save-demos needs h5py: pip install h5py")
+    import h5py
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for text in dict.fromkeys(demo[3] for demo in demos):
+        file, mine = Path(folder) / f"{name}-{text.replace(' ', '-')}.hdf5", [demo for demo in demos if demo[3] == text]
+        with h5py.File(file.with_suffix(".part"), "w") as f:
+            f.create_group("data").attrs.update(problem_info=json.dumps(dict(language_instruction=text)))
+            for i, (images, actions, clean, _, *points) in enumerate(mine):
+                f.create_dataset(f"data/demo_{i}/obs/agentview_image", data=images, compression="lzf", chunks=(1, *images.shape[1:]))
+                f[f"data/demo_{i}/actions"], f[f"data/demo_{i}/clean"] = actions, clean
+                for x in points:                         # every keypoint has a column; outside the picture where it is not in sight
+                    at = np.full((len(x), int(x[..., 0].max()) + 1, 2), -1.)
+                    t, k = (x[..., 0] >= 0).nonzero()
+                    at[t, x[t, k, 0].astype(int)] = x[t, k, 1:]
+                    f[f"data/demo_{i}/obs/keypoints"] = at
+                    f[f"data/demo_{i}/obs/keypoints"].attrs["names"] = [f"{k:02}" for k in range(at.shape[1])]
+        os.replace(file.with_suffix(".part"), file)
+        print(f"   {len(mine)} demonstrations: {file}")
+
 def read_hdf5(folder, demos_per_task):
-    """The same from LIBERO's or robomimic's files, one a task; envs/libero.py's hold keypoints as well, {name: places [T, 2]}."""
+    """The same from LIBERO's or robomimic's files, one a task; envs/libero.py's and --save-demos' hold keypoints as well, {name: places [T, 2]}."""
     find_spec("h5py") or sys.exit("--data needs h5py: pip install h5py")
     import h5py
     from envs.libero_worker import gripper, picture
@@ -528,7 +554,8 @@ def read_hdf5(folder, demos_per_task):
                 actions = demo["actions"][:].astype(np.float32)
                 clean = demo["clean"][:] if "clean" in demo else np.ones(len(actions), bool)
                 points = demo["obs"].get("keypoints", np.zeros((len(actions), 0, 2)))
-                moving = (np.abs(actions[:, :6]) > 1e-4).any(1) | (np.diff(actions[:, 6], prepend=actions[:1, 6]) != 0)     # OpenVLA drops no-ops
+                grip = np.arange(actions.shape[1]) % 7 == 6                              # of one arm or of two
+                moving = (np.abs(actions[:, ~grip]) > 1e-4).any(1) | (np.diff(actions[:, grip], axis=0, prepend=actions[:1, grip]) != 0).any(1)      # OpenVLA drops no-ops
                 images, actions, clean = images[moving], actions[moving], clean[moving]
                 if upside_down:                          # what envs/libero.py shows, and what the published checkpoints say: 0 closes, 1 opens
                     images, actions[:, 6] = np.stack([picture(image) for image in images]), gripper(actions[:, 6])
@@ -565,7 +592,8 @@ def look_at(demos, model):
     """The same of demonstrations with keypoints, all in one."""
     names = sorted({name for *_, points in demos for name in points})
     if not 0 < len(names) <= model.towers[0]["tokens"]:
-        raise SystemExit(f"--pretrain-tower: the demonstrations have {len(names)} keypoints, not 1 to {model.towers[0]['tokens']}: python -m envs.libero --demos writes some")
+        raise SystemExit(f"--pretrain-tower: the demonstrations have {len(names)} keypoints, not 1 to {model.towers[0]['tokens']}: "
+                         "--save-demos, or python -m envs.libero --demos, writes some")
     at = np.concatenate([np.stack([points.get(name, np.full((len(image), 2), -1.)) for name in names], 1) for image, *_, points in demos])
     seen = ((at > 0) & (at < 1)).all(-1)
     return [(torch.cat([model.prepare(image) for image, *_ in demos]).numpy(), np.where(seen, np.arange(len(names)), -1), at * model.image)]
@@ -610,11 +638,16 @@ def main(args):
     env, rng = suite_envs[0], np.random.default_rng(args.seed)
     for needed, why in (("expert_action", "scripted expert"), ("keypoints", "keypoints for --pretrain-tower"))[:1 + bool(args.pretrain_tower)]:
         args.data or hasattr(env, needed) or sys.exit(f"{args.env} has no {why}: pass --data, a folder of HDF5 demonstrations (README, LIBERO: how to write some)")
-    for k in ("demo_policy", "demo_noise", "fresh_demos"):
+    for k in ("demo_policy", "demo_noise", "fresh_demos", "save_demos"):
         args.data and getattr(args, k) and sys.exit(f"--{k.replace('_', '-')} is about the scripted expert's demonstrations: leave --data out")
     args.student and args.pretrain_tower and sys.exit("--pretrain-tower is for a new tiny model: leave --student out")
     args.student or not (args.lora_rank or args.load_in_4bit) or sys.exit("a new tiny model is trained whole: --lora-rank and --load-in-4bit need --student")
     intruder = VLA.load(args.demo_policy, device, getattr(torch, args.dtype), trainable=False) if args.demo_policy else None
+    if args.save_demos:
+        for e in suite_envs:
+            demos = play_expert(e, args.demos_per_task, args.demo_noise, rng, intruder, args.query_batch_size, hasattr(e, "keypoints"))
+            write_hdf5(demos, args.save_demos, f"{e.suite.name.replace(':', '-')}-{args.seed}")
+        return
     run, demos = Run(args, "sft", rank), read_hdf5(args.data, args.demos_per_task) if args.data else []
     if args.resume or args.student:
         model = VLA.load(str(run.checkpoint) if args.resume else args.student, device, getattr(torch, args.dtype), args.lora_rank, args.load_in_4bit)

@@ -88,6 +88,36 @@ def test_read_hdf5(tmp_path):
         sft.read_hdf5(tmp_path / "none", 1)
 
 
+@pytest.mark.parametrize("env_id", ["tabletop-object", "tabletop-two-arm"])
+def test_saved_demonstrations_are_the_played_ones(tmp_path, env_id):
+    """--save-demos writes what --data reads: all but the frames in which no arm does anything, and keypoints that the tower can learn from."""
+    pytest.importorskip("h5py")
+    args = sft.Args(env=env_id, num_envs=4, demos_per_task=1, demo_noise=.5, save_demos=str(tmp_path / "demos"), run_dir=str(tmp_path / "run"))
+    sft.main(args)
+    assert not (tmp_path / "run").exists()
+    made = envs.make(env_id, 4, args.seed)
+    played = sft.play_expert(made, 1, .5, np.random.default_rng(args.seed), keypoints=True)
+    read = {text: (image, action, clean, points) for image, action, clean, text, points in sft.read_hdf5(tmp_path / "demos", 9)}
+    assert len(read) == len(played) == len(made.suite.tasks) and not list(tmp_path.glob("**/*.part"))
+    for image, action, clean, text, things in played:
+        grip = action[:, 6::7]
+        kept = np.array([abs(np.delete(a, range(6, len(a), 7))).max() > 1e-4 or t > 0 and (grip[t] != grip[t - 1]).any() for t, a in enumerate(action)])
+        for got, want in zip(read[text], (image, action.astype(np.float32), clean)):
+            np.testing.assert_array_equal(got, want[kept])
+        for name, places in read[text][3].items():
+            seen = (things[kept, :, 0] == int(name)).any(1)
+            np.testing.assert_array_equal((places > -1).all(1), seen)
+            np.testing.assert_array_equal(places[seen], np.reshape([row[row[:, 0] == int(name)][-1, 1:] for row in things[kept][seen]], (-1, 2)))
+    if env_id == "tabletop-two-arm":                     # frames in which one arm waits are kept
+        assert any((action[:, :6] == 0).all(1).any() for _, action, _, _ in read.values())
+    model = small.model(image=64, tokens=28)
+    (pictures, index, pixels), = sft.look_at(sft.read_hdf5(tmp_path / "demos", 9), model)
+    assert len(pictures) == len(index) and (index >= 0).sum(1).min() >= 2
+    tower = [p.clone() for p in model.vision_backbone["featurizer"].parameters()]
+    sft.pretrain_tower(model, [(pictures, index, pixels)], 3, np.random.default_rng(0))
+    assert not all(torch.equal(a, b) for a, b in zip(tower, model.vision_backbone["featurizer"].parameters()))
+
+
 def train(folder, patch, run_dir, **kw):
     """sft.main's metrics, and the windows it had."""
     seen = []
@@ -222,7 +252,7 @@ def test_a_policy_in_between_plays_in_batches():
 
 @pytest.mark.parametrize("flags,said", [
     (dict(data="x", demo_policy="y"), "--demo-policy is about the scripted expert.*leave --data out"), (dict(data="x", demo_noise=.7), "--demo-noise.*leave --data out"),
-    (dict(data="x", fresh_demos=True), "--fresh-demos.*leave --data out"), (dict(student="x", pretrain_tower=5), "--pretrain-tower.*leave --student out"),
+    (dict(data="x", fresh_demos=True), "--fresh-demos.*leave --data out"), (dict(data="x", save_demos="y"), "--save-demos.*leave --data out"), (dict(student="x", pretrain_tower=5), "--pretrain-tower.*leave --student out"),
     (dict(lora_rank=4), "need --student"), (dict(load_in_4bit=True), "need --student"), (dict(batch_size=0), "--batch-size 0 is too small")], ids=str)
 def test_flags_that_would_do_nothing_are_refused(tmp_path, flags, said):
     with pytest.raises(SystemExit, match=said):
