@@ -516,7 +516,6 @@ def play_expert(env, demos_per_task, noise, rng, intruder=None, batch_size=512, 
 
 def write_hdf5(demos, folder, name):
     """play_expert's, in robomimic's layout, one file an instruction.  A file is whole or not there."""
-    find_spec("h5py") or sys.exit("--save-demos needs h5py: pip install h5py")
     import h5py
     Path(folder).mkdir(parents=True, exist_ok=True)
     for text in dict.fromkeys(demo[3] for demo in demos):
@@ -644,6 +643,7 @@ def main(args):
     args.student or not (args.lora_rank or args.load_in_4bit) or sys.exit("a new tiny model is trained whole: --lora-rank and --load-in-4bit need --student")
     intruder = VLA.load(args.demo_policy, device, getattr(torch, args.dtype), trainable=False) if args.demo_policy else None
     if args.save_demos:
+        find_spec("h5py") or sys.exit("--save-demos needs h5py: pip install h5py")       # before anything is played
         for e in suite_envs:
             demos = play_expert(e, args.demos_per_task, args.demo_noise, rng, intruder, args.query_batch_size, hasattr(e, "keypoints"))
             write_hdf5(demos, args.save_demos, f"{e.suite.name.replace(':', '-')}-{args.seed}")

@@ -108,14 +108,26 @@ def test_saved_demonstrations_are_the_played_ones(tmp_path, env_id):
             seen = (things[kept, :, 0] == int(name)).any(1)
             np.testing.assert_array_equal((places > -1).all(1), seen)
             np.testing.assert_array_equal(places[seen], np.reshape([row[row[:, 0] == int(name)][-1, 1:] for row in things[kept][seen]], (-1, 2)))
-    if env_id == "tabletop-two-arm":                     # frames in which one arm waits are kept
-        assert any((action[:, :6] == 0).all(1).any() for _, action, _, _ in read.values())
     model = small.model(image=64, tokens=28)
     (pictures, index, pixels), = sft.look_at(sft.read_hdf5(tmp_path / "demos", 9), model)
     assert len(pictures) == len(index) and (index >= 0).sum(1).min() >= 2
     tower = [p.clone() for p in model.vision_backbone["featurizer"].parameters()]
     sft.pretrain_tower(model, [(pictures, index, pixels)], 3, np.random.default_rng(0))
     assert not all(torch.equal(a, b) for a, b in zip(tower, model.vision_backbone["featurizer"].parameters()))
+
+
+def test_a_waiting_arm_is_no_no_op_of_two(tmp_path):
+    """Frames are kept in which either arm moves, or opens or closes its hand; those in which neither does are dropped."""
+    pytest.importorskip("h5py")
+    images, _, clean, text = demo(6, 14)
+    actions = np.zeros((6, 14), np.float32)
+    actions[:, [6, 13]] = 1
+    actions[1, 3] = actions[2, 9] = .5                   # 1: the first arm moves; 2: the second
+    actions[4:, 13] = -1                                 # 4: the second hand closes; 0, 3, 5: nothing
+    sft.write_hdf5([(images, actions, clean, text)], tmp_path, "two")
+    (image, action, *_), = sft.read_hdf5(tmp_path, 1)
+    np.testing.assert_array_equal(image, images[[1, 2, 4]])
+    np.testing.assert_array_equal(action, actions[[1, 2, 4]])
 
 
 def train(folder, patch, run_dir, **kw):
@@ -262,8 +274,10 @@ def test_flags_that_would_do_nothing_are_refused(tmp_path, flags, said):
 
 def test_data_needs_h5py(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install h5py"):
-        sft.main(sft.Args(run_dir=str(tmp_path / "run"), data=str(tmp_path)))
+    monkeypatch.setattr(sft, "play_expert", lambda *args: pytest.fail("played for nothing"))
+    for flags in (dict(data=str(tmp_path)), dict(save_demos=str(tmp_path / "demos"))):
+        with pytest.raises(SystemExit, match="pip install h5py"):
+            sft.main(sft.Args(run_dir=str(tmp_path / "run"), **flags))
 
 
 def test_a_new_model_goes_on_in_its_dtype(tmp_path, monkeypatch):
