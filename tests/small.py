@@ -16,7 +16,8 @@ import vla_opd
 from envs.tabletop import TabletopEnv
 
 ALGOS = Path(__file__).resolve().parents[1] / "algos"
-RUN = dict(num_envs=4, num_iterations=2, updates_per_rollout=2, eval_episodes_per_task=1, device="cpu")
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+RUN = dict(num_envs=4, num_iterations=2, updates_per_rollout=2, eval_episodes_per_task=1, device=DEVICE)
 FEW = dict(RUN, batch_prompts=2, group_size=2)
 FAR = 1e9                                                # a clipping threshold that no gradient reaches
 CHUNK = dict(parallel=4, autoregressive=1)

@@ -160,7 +160,7 @@ def test_two_arms(tmp_path, monkeypatch):
         assert {p["tokens"].shape[1] for p in played} == {4 * 14} and all(p["mask"].sum() == 14 * p["length"].sum() > 0 for p in played), module
         assert json.loads((run / "checkpoint/config.json").read_text())["action_dim"] == 14, module
         assert all(np.isfinite(float(v)) for v in rows(run)[-1].values() if v), module
-    evaluate.main(evaluate.Args(env="tabletop-two-arm", checkpoint=str(run / "checkpoint"), episodes_per_task=1, num_envs=12, device="cpu", run_dir=str(tmp_path / "ev")))
+    evaluate.main(evaluate.Args(env="tabletop-two-arm", checkpoint=str(run / "checkpoint"), episodes_per_task=1, num_envs=12, device=small.DEVICE, run_dir=str(tmp_path / "ev")))
     assert len(list(csv.DictReader(open(tmp_path / "ev" / "episodes.csv")))) == 2 * 10
 
 
@@ -298,7 +298,7 @@ def test_one_sentence(tmp_path, monkeypatch, module, flags, words):
         pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
-    flags, weights = {"device": "cpu", **flags}, flags.get("weights") or small.checkpoints(tmp_path)["student"]
+    flags, weights = {"device": small.DEVICE, **flags}, flags.get("weights") or small.checkpoints(tmp_path)["student"]
     flags.pop("weights", None)
     key = "checkpoint" if module is evaluate else "student"
     said = refused(module.main, module.Args(num_envs=4, **{key: weights}, **flags, run_dir=str(tmp_path / "run")), *words)
@@ -348,7 +348,7 @@ def test_command_line_errors(tmp_path):
     """What the shell sees: flags that do not exist, and a SystemExit's way out."""
     for words, said in ((small.command("vla_opd.py", group_sizes=3), "group"), (small.command("vla_opd.py", estimator="k3"), "sampled"),
                         (small.command("vla_opd.py", learning_rate="fast"), "learning-rate"),
-                        (small.command("evaluate.py", checkpoint="nobody/nothing", device="cpu"), "hf download nobody/nothing")):
+                        (small.command("evaluate.py", checkpoint="nobody/nothing", device=small.DEVICE), "hf download nobody/nothing")):
         status, out, err = small.call(words, tmp_path)
         assert status in (1, 2) and said in out + err and "Traceback" not in out + err, out + err
     assert "hf download" in err.splitlines()[-1] and status == 1        # libraries may have said something before

@@ -16,7 +16,7 @@ import envs
 from envs.libero_worker import picture
 import vla_opd
 
-FEW = dict(num_envs=4, num_iterations=1, demos_per_task=1, eval_episodes_per_task=1, device="cpu", batch_size=4096)
+FEW = dict(num_envs=4, num_iterations=1, demos_per_task=1, eval_episodes_per_task=1, device=small.DEVICE, batch_size=4096)
 WINDOWS = sft.windows
 STATS = {"robot": {"action": {"q01": [-3, .1, -1], "q99": [2, .4, 1], "mask": [True, True, False]}}}
 
@@ -234,7 +234,7 @@ def test_an_environment_without_expert_or_keypoints(tmp_path, monkeypatch, lacks
     has = SimpleNamespace(**{k: getattr(env, k) for k in ("suite", "num_envs", "expert_action", "keypoints") if k != lacks})
     monkeypatch.setattr(envs, "make", lambda *a: has)
     with pytest.raises(SystemExit, match=said):
-        sft.main(sft.Args(env="mine", run_dir=str(tmp_path / "run"), device="cpu", **flags))
+        sft.main(sft.Args(env="mine", run_dir=str(tmp_path / "run"), device=small.DEVICE, **flags))
     assert not (tmp_path / "run").exists()
 
 
@@ -326,7 +326,7 @@ def test_evaluation_is_repeatable(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "rollout", lambda *a, **k: played.append(original(*a, **k)) or played[-1])
     for i, seed in enumerate((1, 1, 2)):
         evaluate.main(evaluate.Args(checkpoint=small.checkpoints(tmp_path)["student"], env="tabletop-object", episodes_per_task=2, num_envs=8,
-                                    seed=seed, device="cpu", run_dir=str(tmp_path / str(i))))
+                                    seed=seed, device=small.DEVICE, run_dir=str(tmp_path / str(i))))
         tables.append(list(csv.DictReader(open(tmp_path / str(i) / "episodes.csv"))))
         printed.append([line for line in capsys.readouterr().out.splitlines() if "%" in line])
     assert tables[0] == tables[1] and printed[0] == printed[1] and len(printed[0]) == 2 * 11
@@ -351,7 +351,7 @@ def test_evaluation_counts_the_right_episode(tmp_path, monkeypatch):
     def play(env, model, task, state, split, *rest):
         return dict(success=(task + state) % 3 == 0, grasped=state == 401, length=10 * task + state)
     monkeypatch.setattr(evaluate, "rollout", play)
-    env, model = envs.make("tabletop-object", 2), SimpleNamespace(device="cpu")
+    env, model = envs.make("tabletop-object", 2), SimpleNamespace(device=small.DEVICE)
     success, grasped, length = evaluate.evaluate(env, model, "eval", 3, 0., 8, 1)
     for t in range(10):
         for i, s in enumerate((400, 401, 402)):
