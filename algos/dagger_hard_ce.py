@@ -200,6 +200,7 @@ class VLA(nn.Module):
         """LoRA on every linear layer, in place, in float32; everything else is frozen."""
         self.lora, config.inference_mode = config, False     # peft's own files say True, which would freeze it
         inject_adapter_in_model(config, self)
+        [setattr(m, "cast_input_dtype_enabled", False) for m in self.modules()]     # peft casts to float32 what autocast then casts back: a third of all copies
         for p in self.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
         if state and (missing := [k for k in set_peft_model_state_dict(self, state).missing_keys if "lora_" in k]):
@@ -228,8 +229,7 @@ class VLA(nn.Module):
             self.rows[text] = row + [LONE] if llama and row[-1] != LONE else row
             self.tokenizer.unk_token_id in row and warnings.warn("instructions have words that are not in this checkpoint's vocabulary: they all look alike to it")
         n = max(map(len, rows := [self.rows[t] for t in instructions]))
-        both = [[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows]
-        return torch.tensor(both, device=self.device).unbind(1)
+        return torch.tensor([[r[:1] + [self.pad] * (n - len(r)) + r[1:], [1] + [0] * (n - len(r)) + [1] * (len(r) - 1)] for r in rows], device=self.device).unbind(1)
 
     def prefix(self, images, ids, mask):
         """<s>, the picture's tokens, the prompt.  images: prepared uint8 [B, S, S, 3] (or already normalised [B, 3 * towers, S, S])."""
@@ -241,12 +241,11 @@ class VLA(nn.Module):
         x = torch.cat([tower(i) for tower, i in zip(self.vision_backbone.values(), images.to(embed.weight.dtype).split(3, 1))], -1)
         for i, fc in enumerate(self.projector.values()):
             x = fc(F.gelu(x) if i else x)
-        e = embed(ids)
-        return torch.cat([e[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
+        return torch.cat([(e := embed(ids))[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
-    def read(self, x, mask, start, end, **kw):
+    def read(self, x, mask, start, end, cache=None, **kw):
         """Of what Llama makes of the embeddings x: the 256 logits at positions start:end, the state at start."""
-        h = self.language_model.model(inputs_embeds=x, attention_mask=mask, position_ids=mask.cumsum(1)[:, -x.shape[1]:] - 1, **kw).last_hidden_state
+        h = self.language_model.model(None, mask, mask.cumsum(1)[:, -x.shape[1]:] - 1, cache, x, use_cache=cache is not None, **kw).last_hidden_state
         return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float(), h[:, start].float()    # LoRA: no slice of its weight
 
     def forward(self, images, ids, mask, tokens=None):
@@ -259,7 +258,7 @@ class VLA(nn.Module):
         else:
             tail = embed(tokens[:, :-1] + self.first)
         x, mask, kw = torch.cat([x, tail], 1), torch.cat([mask, mask.new_ones(tail.shape[:2])], 1), dict(is_causal=False) if self.parallel else {}
-        return self.read(x, mask, n - 1, n - 1 + self.num_tokens, use_cache=False, **kw)     # a token's logits are read one position before it
+        return self.read(x, mask, n - 1, n - 1 + self.num_tokens, **kw)     # a token's logits are read one position before it
 
     def score(self, images, instructions, tokens=None):
         """Differentiable float32 logits [B, K, 256] of prepared pictures and instructions."""
@@ -278,7 +277,7 @@ class VLA(nn.Module):
                 return pick(*self(images, *self.tokenize(instructions)))
             (x, mask), cache, picked = self.prefix(images, *self.tokenize(instructions)), DynamicCache(config=self.language_model.config), []
             for _ in range(self.num_tokens):
-                picked.append(pick(*self.read(x, mask, -1, None, past_key_values=cache, use_cache=True)))
+                picked.append(pick(*self.read(x, mask, -1, None, cache)))
                 x, mask = self.language_model.model.embed_tokens(picked[-1][0] + self.first), F.pad(mask, (0, 1), value=1)
         return *(torch.cat(part, 1) for part in list(zip(*picked))[:2]), picked[0][2]
 
@@ -425,18 +424,19 @@ class Run:
 # --- block setup
 def setup(args):
     """One process, or one of torchrun's."""
-    rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    positive = "num_envs num_iterations batch_size micro_batch_size query_batch_size temperature max_grad_norm group_size demos_per_task eval_every " \
-               "eval_episodes_per_task episodes_per_task"
-    if wrong := [k for k in positive.split() if getattr(args, k, 1) <= 0] + [k for k in ("seed", "eval_temperature") if getattr(args, k, 0) < 0]:
+    rank, world, gpus = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
+    positive = re.compile("num_.*|.*batch_size|.*_per_task|eval_every|group_size|temperature|max_grad_norm")
+    if wrong := [k for k, v in vars(args).items() if positive.fullmatch(k) and v <= 0 or k in ("seed", "eval_temperature") and v < 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])} is too small")
-    if not re.fullmatch(r"auto|cpu|cuda" + r"(:\d+)?" * (world == 1), args.device) or args.device.startswith("cuda") and not cuda:
-        sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU here that torch can use; try --device cpu")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and args.device in ("auto", "cuda") else args.device.replace("auto", "cpu"))
-    device.type == "cuda" and torch.cuda.set_device(device)
-    world > 1 and dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))     # rollouts take long
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus and args.device in ("auto", "cuda") else args.device.replace("auto", "cpu")
+    if not re.fullmatch(r"cpu|cuda:\d+", name) or ":" in args.device and world > 1 or name != "cpu" and int(name[5:]) >= gpus:
+        sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU for this process ({gpus} here); try --device cpu")
+    name != "cpu" and torch.cuda.set_device(name)
+    full = "\nThe GPU is full: lower --micro-batch-size if it was learning, --query-batch-size if it was acting or labelling, or add --load-in-4bit\n"
+    sys.excepthook = lambda *error: (sys.__excepthook__(*error), error[0] is torch.OutOfMemoryError and sys.stderr.write(full))
+    world > 1 and dist.init_process_group("gloo" if name == "cpu" else "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(hours=12))     # rollouts take long
     torch.manual_seed(args.seed)
-    return rank, world, device
+    return rank, world, torch.device(name)
 
 # --- block match
 def must_match(student, teacher):

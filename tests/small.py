@@ -17,6 +17,7 @@ from envs.tabletop import TabletopEnv
 
 ALGOS = Path(__file__).resolve().parents[1] / "algos"
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+two_devices = pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="two processes need two GPUs")
 RUN = dict(num_envs=4, num_iterations=2, updates_per_rollout=2, eval_episodes_per_task=1, device=DEVICE)
 FEW = dict(RUN, batch_prompts=2, group_size=2)
 FAR = 1e9                                                # a clipping threshold that no gradient reaches
@@ -82,7 +83,7 @@ class Recorder(torch.optim.AdamW):
     gradients = []
 
     def step(self):
-        Recorder.gradients.append(flat(p.grad for g in self.param_groups for p in g["params"] if p.grad is not None))
+        Recorder.gradients.append(flat(p.grad for g in self.param_groups for p in g["params"] if p.grad is not None).cpu())
 
 
 def recorded(script, args):

@@ -1,5 +1,6 @@
 """VLA-OPD's gradient: the reverse KL's, nothing added and nothing lost, whatever the batch, the processes and the precision."""
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -279,6 +280,26 @@ def test_main_shares(tmp_path, monkeypatch):
         want = brute_force(tmp_path, batch, agg)
         assert len(steps) == 4 and (torch.stack(steps).mean(0) - want).norm() < 1e-4 * want.norm()
         assert (steps[0] - want).norm() > .1 * want.norm()
+
+
+def test_more_processes_than_gpus_and_a_full_one(monkeypatch, capsys):
+    """Each is one sentence that says what to do; the full one comes below its traceback."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert vla_opd.setup(Args()) == (0, 1, torch.device("cuda:0"))
+    sys.excepthook(torch.OutOfMemoryError, torch.OutOfMemoryError("of memory"), None)
+    assert "of memory" in (said := capsys.readouterr().err) and "--micro-batch-size" in said.splitlines()[-1]
+    sys.excepthook(ValueError, ValueError("else"), None)
+    assert "--micro-batch-size" not in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for device in ("auto", "cuda", "cuda:0", "gpu"):
+        with pytest.raises(SystemExit, match=f"--device {device}: .*1 here"):
+            vla_opd.setup(Args(device=device))
+    monkeypatch.delenv("LOCAL_RANK"), monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(SystemExit, match="--device cuda:1: .*1 here"):
+        vla_opd.setup(Args(device="cuda:1"))
 
 
 def worker(rank, folder, port):

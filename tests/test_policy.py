@@ -311,6 +311,24 @@ def test_lora(tmp_path, decoding, tiny):
         assert worst(theirs.base_model.model.score(images, texts, tokens), model.score(images, texts, tokens)) < 1e-5
 
 
+def test_adapters_do_not_copy_their_input(tmp_path, tiny):
+    """peft casts it to float32, autocast then back: as much work again as the adapters', and memory for the copy, for the very same numbers."""
+    tiny("autoregressive").save(tmp_path / "base")
+    model, seen, answers = VLA.load(tmp_path / "base", dtype=torch.bfloat16, lora_rank=4), {}, []
+    adapters = {n: m for n, m in model.named_modules() if n.endswith("lora_A.default") and "down_proj" in n}
+    [m.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0].dtype})) for n, m in adapters.items()]
+    for n, p in model.named_parameters():
+        p.data = torch.randn_like(p) * .1 if "lora_B" in n else p.data
+    for cast in (False, True):
+        [setattr(m, "cast_input_dtype_enabled", True) for m in model.modules() if cast]
+        model.zero_grad()
+        z = model.score(*batch(model), torch.zeros(3, 6, dtype=torch.long))
+        z.logsumexp(-1).sum().backward()
+        answers.append([z.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        assert adapters and set(seen.values()) == {torch.float32 if cast else torch.bfloat16}
+    assert len(answers[0]) > 20 and all(torch.equal(a, b) for a, b in zip(*answers))
+
+
 def test_4bit(tmp_path, tiny):
     pytest.importorskip("bitsandbytes")
     base = tiny(width=128)

@@ -199,6 +199,7 @@ def worker(rank, folder, port):
     torch.distributed.destroy_process_group()
 
 
+@small.two_devices
 def test_two_processes_are_one(tmp_path):
     path = critics.checkpoint(tmp_path)
     torch.multiprocessing.spawn(worker, (tmp_path, small.free_port()), 2)

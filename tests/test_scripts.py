@@ -101,7 +101,7 @@ def test_end_to_end(tmp_path, name, decoding):
     assert len(load_file(run / "checkpoint/optimizer.safetensors")) == 3 * len(before)
 
     script.module.VLA.load(run / "checkpoint")
-    if name != "vla_opd":                                # for time's sake; all resume alike, see below
+    if name != "vla_opd" or small.DEVICE != "cpu":       # for time's sake; all resume alike, see below.  On a GPU sums vary in their last digits
         return
     again = opd(tmp_path, "again", decoding, num_envs=10)                # in another process, with the same seed
     assert timeless(run) == timeless(again)
@@ -129,6 +129,7 @@ def test_adam_eps_reaches_the_optimizer(tmp_path, monkeypatch, name):
     assert moved[1e-8] > 5 * moved[1e-5] > 0, moved
 
 
+@small.two_devices
 def test_torchrun(tmp_path):
     """Two processes: one run directory, written by the first; totals are over both."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(small.free_port())]

@@ -174,6 +174,7 @@ def test_micro_batches_are_the_batch(tmp_path, monkeypatch):
     assert all(abs(float(one[k]) - float(two[k])) < 1e-3 for k in ("losses/policy_loss", "losses/within_10_bins"))
 
 
+@small.two_devices
 def test_two_processes_log_the_loss_of_both(tmp_path, monkeypatch):
     """Each has half of the demonstrations, in one step; the loss is that of all of them."""
     kw = dict(learning_rate=1e-12, batch_size=4096, num_iterations=1)
