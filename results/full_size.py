@@ -1,6 +1,6 @@
 """What an iteration costs at full size: OpenVLA-7B and OpenVLA-OFT with random weights, written in the official layout, through the scripts themselves.
 
-    python results/full_size.py --folder DIR     # one GPU of 80 GB; 16 GB of room in DIR; writes results/full_size.csv
+    python results/full_size.py --folder DIR     # one GPU of 80 GB, a minute a job; 16 GB of room in DIR; writes results/full_size.csv
 
 Episodes of tabletop-object are cut to 16 steps, and evaluation is left out: it is time and memory that are measured, not success (random weights have none).  So that
 GRPO has something to learn from, every other episode counts as solved.  The teacher is the student with another lm_head.  Each job runs two iterations, the first
@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -37,7 +38,8 @@ JOBS = {                                                                        
     "grpo-oft": ("grpo", "parallel", CHUNKS), "ppo": ("ppo", "autoregressive", dict(num_episodes=16, num_envs=16)),
     "road": ("road_vla", "autoregressive", dict(num_episodes=16, num_envs=16)), "opd-4bit": ("vla_opd", "autoregressive", dict(GROUPS, load_in_4bit=True)),
     "forward-kl-oft": ("dagger_forward_kl", "parallel", CHUNKS), "hard-ce-oft": ("dagger_hard_ce", "parallel", CHUNKS),
-    "opd-oft-micro-32": ("vla_opd", "parallel", dict(CHUNKS, micro_batch_size=32)), "opd-oft-compiled": ("vla_opd", "parallel", dict(CHUNKS, compile=True))}
+    "opd-oft-micro-16": ("vla_opd", "parallel", dict(CHUNKS, micro_batch_size=16)), "opd-oft-micro-32": ("vla_opd", "parallel", dict(CHUNKS, micro_batch_size=32)),
+    "opd-oft-compiled": ("vla_opd", "parallel", dict(CHUNKS, compile=True))}
 
 
 def write(folder, device, toy):
@@ -82,20 +84,22 @@ def measure(name, folder, cuda, toy):
     module.evaluate = lambda env, model, *rest: np.zeros((3, len(env.suite.tasks), 1))
     roles = {role: str(folder / f"{decoding}-{role}") for role in ("student", "teacher") if hasattr(module.Args, role)}
     roles |= dict(reference=str(folder / "runs" / "ppo")) if script == "road_vla" else {}
+    smaller = {k: v for k, v in dict(dtype="float32", batch_prompts=2, num_episodes=4).items() if toy and hasattr(module.Args, k)}
     cuda and torch.cuda.reset_peak_memory_stats()
     started = time.time()
-    module.main(module.Args(**{**COMMON, **roles, **flags, **(dict(dtype="float32") if toy else {}), "run_dir": str(run)}))
+    module.main(module.Args(**{**COMMON, **roles, **flags, **smaller, "run_dir": str(run)}))
     rows = list(csv.DictReader(open(run / "metrics.csv")))
     first, last = ({k: float(v) for k, v in rows[i].items() if v} for i in (1, -1))
-    seconds = {k: last.get(f"time/{k}", 0.) for k in ("rollout", "teacher", "advantages", "update")}
+    seconds = dict(rollout=last["time/rollout"], label=last.get("time/teacher", last.get("time/reference", 0.)), update=last["time/update"])
     return dict(queries=int(last["charts/queries"]), **{f"{k}_seconds": f"{v:.2f}" for k, v in seconds.items()}, env_seconds=f"{last['time/env']:.2f}",
                 peak_gb=f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cuda else "", whole_seconds=f"{time.time() - started:.0f}",
-                **{f"{k}_{when}": f"{row.get(f'losses/{k}', float('nan')):.4f}" for k in ("reverse_kl_exact", "entropy") for when, row in (("first", first), ("last", last))})
+                **{f"{k}_{when}": f"{row[f'losses/{k}']:.4f}" for k in ("reverse_kl_exact", "entropy") for when, row in (("first", first), ("last", last)) if f"losses/{k}" in row})
 
 
-def main(folder, names, toy):
+def main(folder, names, toy, out):
     cuda, folder = torch.cuda.is_available(), folder.resolve()
-    machine = f"{torch.cuda.get_device_name()}" if cuda else "CPU"
+    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    about = dict(commit=commit, machine=torch.cuda.get_device_name() if cuda else "CPU", torch=torch.__version__)
     (folder / "parallel-teacher" / "config.json").exists() or write(folder, "cuda" if cuda else "cpu", toy)
     envs.make, results = cut(envs.make), []
     for name in names:
@@ -107,9 +111,10 @@ def main(folder, names, toy):
             row = dict(error=f"{type(e).__name__}: {e}".split("\n")[0])
         gc.collect()
         cuda and torch.cuda.empty_cache()
-        results.append(dict(job=name, script=JOBS[name][0], decoding=JOBS[name][1], machine=machine, torch=torch.__version__, **row))
-        print(results[-1], flush=True)
-    return results
+        results.append(dict(job=name, script=JOBS[name][0], decoding=JOBS[name][1], **about, **row))
+        with open(out, "w", newline="") as file:         # after every job: none is lost
+            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in results for k in row)), restval="", lineterminator="\n")
+            writer.writeheader(), writer.writerows(results)
 
 
 if __name__ == "__main__":
@@ -119,7 +124,4 @@ if __name__ == "__main__":
     parser.add_argument("--toy", action="store_true", help="the same with a few thousand parameters, to try the plumbing")
     parser.add_argument("--out", type=Path, default=HERE / "full_size.csv")
     given = parser.parse_args()
-    rows = main(given.folder, given.jobs, given.toy)
-    with open(given.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)), restval="")
-        writer.writeheader(), writer.writerows(rows)
+    main(given.folder, given.jobs, given.toy, given.out)
