@@ -53,8 +53,15 @@ def write(folder, device, toy):
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in sft.VLA(config).state_dict().items()}
     torch.manual_seed(0)
-    random = lambda k: (torch.ones if k.endswith(("norm.weight", "norm1.weight", "norm2.weight", "scale_factor")) or "layernorm" in k else torch.zeros if k.endswith("bias")
-                        else lambda *a, **kw: .02 * torch.randn(*a, **kw))(shapes[k], dtype=torch.bfloat16, device=device).cpu()
+
+    def random(name):
+        x = torch.zeros(shapes[name], dtype=torch.bfloat16, device=device)
+        if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "scale_factor")):
+            x += 1
+        elif not name.endswith("bias"):
+            x.normal_(std=.02)
+        return x.cpu()
+
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: random(k) for k in shapes if "lm_head" not in k}, folder / "body.safetensors")
     for role in ("student", "teacher"):
