@@ -215,7 +215,7 @@ class VLA(nn.Module):
         """LoRA on every linear layer, in place, in float32; everything else is frozen."""
         self.lora, config.inference_mode = config, False     # peft's own files say True, which would freeze it
         inject_adapter_in_model(config, self)
-        [setattr(m, "cast_input_dtype_enabled", False) for m in self.modules()]     # peft casts to float32 what autocast then casts back: a third of all copies
+        [setattr(m, "cast_input_dtype_enabled", False) for m in self.modules()]     # else peft casts to float32 what autocast then casts back
         for p in self.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
         if state and (missing := [k for k in set_peft_model_state_dict(self, state).missing_keys if "lora_" in k]):
@@ -259,7 +259,7 @@ class VLA(nn.Module):
         return torch.cat([(e := embed(ids))[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
     def read(self, x, mask, start, end, cache=None, **kw):
-        """Of what Llama makes of the embeddings x: the 256 logits at positions start:end, the state at start."""
+        """Of what Llama makes of the embeddings x (in order: some transformers call the cache otherwise): the 256 logits at positions start:end, the state at start."""
         h = self.language_model.model(None, mask, mask.cumsum(1)[:, -x.shape[1]:] - 1, cache, x, use_cache=cache is not None, **kw).last_hidden_state
         return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float(), h[:, start].float()    # LoRA: no slice of its weight
 
@@ -439,15 +439,15 @@ class Run:
 # --- block setup
 def setup(args):
     """One process, or one of torchrun's."""
-    rank, world, gpus = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
-    positive = re.compile("num_.*|.*batch_size|.*_per_task|eval_every|group_size|temperature|max_grad_norm")
+    rank, world, gpus = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available() * torch.cuda.device_count()
+    positive = re.compile("num_envs|num_iterations|.*batch_size|.*_per_task|eval_every|group_size|temperature|max_grad_norm")
     if wrong := [k for k, v in vars(args).items() if positive.fullmatch(k) and v <= 0 or k in ("seed", "eval_temperature") and v < 0]:
         sys.exit(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])} is too small")
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus and args.device in ("auto", "cuda") else args.device.replace("auto", "cpu")
     if not re.fullmatch(r"cpu|cuda:\d+", name) or ":" in args.device and world > 1 or name != "cpu" and int(name[5:]) >= gpus:
         sys.exit(f"--device {args.device}: not auto, cpu, cuda or (without torchrun) cuda:N, or no GPU for this process ({gpus} here); try --device cpu")
     name != "cpu" and torch.cuda.set_device(name)
-    full = "\nThe GPU is full: lower --micro-batch-size if it was learning, --query-batch-size if it was acting or labelling, or add --load-in-4bit\n"
+    full = "\nThe GPU is full: lower --micro-batch-size if it was learning, --query-batch-size if it was acting or labelling; with --lora-rank, --load-in-4bit helps too\n"
     sys.excepthook = lambda *error: (sys.__excepthook__(*error), error[0] is torch.OutOfMemoryError and sys.stderr.write(full))
     world > 1 and dist.init_process_group("gloo" if name == "cpu" else "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(hours=12))     # rollouts take long
     torch.manual_seed(args.seed)

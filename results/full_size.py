@@ -1,10 +1,10 @@
 """What an iteration costs at full size: OpenVLA-7B and OpenVLA-OFT with random weights, written in the official layout, through the scripts themselves.
 
-    python results/full_size.py --folder DIR     # one GPU of 80 GB, a minute a job; 16 GB of room in DIR; writes results/full_size.csv
+    python results/full_size.py --folder DIR     # one GPU of 80 GB, a minute a job; 32 GB of room in DIR; writes results/full_size.csv
 
 Episodes of tabletop-object are cut to 16 steps, and evaluation is left out: it is time and memory that are measured, not success (random weights have none).  So that
 GRPO has something to learn from, every other episode counts as solved.  The teacher is the student with another lm_head.  Each job runs two iterations, the first
-warms up.
+warms up; "-resumed" goes on with a copy of the run before it.  Memory is what torch had allocated at most.
 """
 import argparse
 import csv
@@ -69,8 +69,9 @@ def write(folder, device, toy):
         for decoding in ("autoregressive", "parallel"):
             to = folder / f"{decoding}-{role}"
             to.mkdir(exist_ok=True)
-            (to / "model-1.safetensors").symlink_to(folder / "body.safetensors")
-            (to / "model-2.safetensors").symlink_to(folder / f"{role}.safetensors")
+            for i, part in enumerate(("body", role)):
+                (to / f"model-{i}.safetensors").unlink(missing_ok=True)
+                (to / f"model-{i}.safetensors").symlink_to(folder / f"{part}.safetensors")
             sft.tiny(words).tokenizer.save_pretrained(to)
             (to / "config.json").write_text(json.dumps(dict(config, decoding=decoding)))
 
@@ -87,7 +88,8 @@ def cut(make):
 
 def measure(name, folder, cuda, toy):
     script, decoding, flags = JOBS[name]
-    module, run = importlib.import_module(script), folder / "runs" / name.removesuffix("-resumed")
+    module, run = importlib.import_module(script), folder / "runs" / name
+    name.endswith("-resumed") and shutil.copytree(folder / "runs" / name.removesuffix("-resumed"), run)
     module.evaluate = lambda env, model, *rest: np.zeros((3, len(env.suite.tasks), 1))
     roles = {role: str(folder / f"{decoding}-{role}") for role in ("student", "teacher") if hasattr(module.Args, role)}
     roles |= dict(reference=str(folder / "runs" / "ppo")) if script == "road_vla" else {}
@@ -105,23 +107,23 @@ def measure(name, folder, cuda, toy):
 
 def main(folder, names, toy, out):
     cuda, folder = torch.cuda.is_available(), folder.resolve()
-    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     about = dict(commit=commit, machine=torch.cuda.get_device_name() if cuda else "CPU", torch=torch.__version__)
     (folder / "parallel-teacher" / "config.json").exists() or write(folder, "cuda" if cuda else "cpu", toy)
-    envs.make, results = cut(envs.make), []
+    envs.make, results = cut(envs.make), {row["job"]: row for row in csv.DictReader(open(out))} if out.exists() else {}
     for name in names:
         shutil.rmtree(folder / "runs" / name, ignore_errors=True)
         try:
             row = measure(name, folder, cuda, toy)
         except (Exception, SystemExit) as e:             # the others still count
             traceback.print_exc()
-            row = dict(error=f"{type(e).__name__}: {e}".split("\n")[0])
+            row = dict(error=f"{type(e).__name__}: {e}".split("\n")[0].split(". ")[0])
         gc.collect()
         cuda and torch.cuda.empty_cache()
-        results.append(dict(job=name, script=JOBS[name][0], decoding=JOBS[name][1], **about, **row))
+        results[name] = dict(job=name, script=JOBS[name][0], decoding=JOBS[name][1], **about, **row)
         with open(out, "w", newline="") as file:         # after every job: none is lost
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in results for k in row)), restval="", lineterminator="\n")
-            writer.writeheader(), writer.writerows(results)
+            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in results.values() for k in row)), restval="", lineterminator="\n")
+            writer.writeheader(), writer.writerows(results.values())
 
 
 if __name__ == "__main__":
@@ -129,6 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints and the runs go")
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=JOBS, help="which to run")
     parser.add_argument("--toy", action="store_true", help="the same with a few thousand parameters, to try the plumbing")
-    parser.add_argument("--out", type=Path, default=HERE / "full_size.csv")
+    parser.add_argument("--out", type=Path, help="the table; jobs that are not run keep their rows (default: results/full_size.csv, of toys DIR/toy/full_size.csv)")
     given = parser.parse_args()
-    main(given.folder, given.jobs, given.toy, given.out)
+    folder = given.folder / "toy" if given.toy else given.folder
+    main(folder, given.jobs, given.toy, given.out or (folder if given.toy else HERE) / "full_size.csv")

@@ -457,21 +457,23 @@ def sized():
     """The table of full_size.csv: speeds, and what an iteration takes."""
     phases, rows = ("rollout", "label", "update"), []
     for row in csv.DictReader(open(data.FOLDER / "full_size.csv")):
-        seconds = [float(row[f"{phase}_seconds"] or 0) for phase in phases]
+        seconds = [float(row.get(f"{phase}_seconds") or 0) for phase in phases]
         speeds = [f"{int(row['queries']) / s:.0f}" if s else "" for s in seconds]
-        kl = " → ".join(f"{float(row[f'reverse_kl_exact_{when}']):.2f}" for when in ("first", "last") if row[f"reverse_kl_exact_{when}"])
-        rows.append((f"`{row['job']}`", row["decoding"], *speeds, row["error"].split(": ", 1)[-1] or f"{sum(seconds):.0f}", row["peak_gb"], kl))
+        kl = " → ".join(f"{float(x):.2f}" for when in ("first", "last") if (x := row.get(f"reverse_kl_exact_{when}")))
+        rows.append((f"`{row['job']}`", row["decoding"], *speeds, (row.get("error") or "").split(": ", 1)[-1] or f"{sum(seconds):.0f}", row.get("peak_gb", ""), kl))
     return table(("job", "decoding", "queries/s acting", "labelling", "learning", "seconds an iteration", "GB", "reverse KL"), rows)
 
 
 def full_size():
     if (data.FOLDER / "full_size.csv").exists():
-        row = next(csv.DictReader(open(data.FOLDER / "full_size.csv")))
-        yield "OpenVLA-7B (autoregressive) and OpenVLA-OFT (parallel, chunks of 8) with random weights in the official layout, through the scripts themselves, on one"
-        yield f"{row['machine']} (torch {row['torch']}, commit {row['commit']}): LoRA of rank 32, bfloat16, 8 queries a pass when learning, 16 or 32 when acting. An iteration of"
-        yield "256 queries on tabletop-object, episodes cut to 16 steps, without evaluation; the second of two, measured once. Labelling is the teacher's pass, or the"
-        yield "reference critic's. Reverse KL from the first iteration to the last, at learning rate 1e-4; the teacher is the student with another lm_head. `-resumed` is a"
-        yield "third iteration after `--resume`, beside other work on the same GPU. Nothing of 7 B with trained weights has been run.\n"
+        rows = list(csv.DictReader(open(data.FOLDER / "full_size.csv")))
+        each = lambda k: ", ".join(sorted({row[k] for row in rows}))
+        yield "OpenVLA-7B (autoregressive; a query is a step) and OpenVLA-OFT (parallel; a query is 8 steps) with random weights in the official layout, through the scripts"
+        yield f"themselves on one {each('machine')} (torch {each('torch')}, commit {each('commit')}): LoRA of rank 32, bfloat16, passes of 8 queries when learning (`-micro-16`: 16), of at most"
+        yield "32 when acting and labelling. An iteration of 256 queries on tabletop-object, episodes cut to 16 steps, without evaluation; the second of two, measured once."
+        yield "Labelling is the teacher's pass, or the reference critic's. GB: what torch had allocated at most. Reverse KL from the first iteration to the last, at learning"
+        yield "rate 1e-4; the teacher is the student with another lm_head. `-resumed` is a third iteration, after `--resume`. Nothing of 7 B with trained weights has been run.\n"
+        yield from (note + "\n" for row in rows if (note := row.get("note")))
         yield from sized()
 
 
@@ -559,7 +561,7 @@ def page():
     summary, told, body = [], [], []
     for title, what, section, figure in SECTIONS:
         [kept.clear() for kept in (used, claims)]
-        lines, command = [*section()], {"libero": "README, LIBERO and ManiSkill", "full-size": "`python results/full_size.py`"}.get(what, f"`./benchmark.sh {what}`")
+        lines, command = [*section()], {"libero": "README, LIBERO and ManiSkill", "full-size": "`python results/full_size.py --folder DIR`"}.get(what, f"`./benchmark.sh {what}`")
         if lines:
             origin, link = [r for r in runs() if r["name"] in used], re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
             each, verdicts = lambda k, by=", ": by.join(sorted({r[k] for r in origin if r[k]})), [c[-1] for c in claims]

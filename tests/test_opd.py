@@ -284,6 +284,7 @@ def test_main_shares(tmp_path, monkeypatch):
 
 def test_more_processes_than_gpus_and_a_full_one(monkeypatch, capsys):
     """Each is one sentence that says what to do; the full one comes below its traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -300,6 +301,8 @@ def test_more_processes_than_gpus_and_a_full_one(monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK"), monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(SystemExit, match="--device cuda:1: .*1 here"):
         vla_opd.setup(Args(device="cuda:1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)       # there is one, but its driver is too old for torch
+    assert vla_opd.setup(Args()) == (0, 1, torch.device("cpu"))
 
 
 def worker(rank, folder, port):
