@@ -12,7 +12,8 @@ receptacle, let go; in ManiSkill's tasks it is theirs, and grasped is anything t
 On a CPU every environment is a process (ManiSkill simulates one there), kept alive; one that dies or hangs is replaced and the new one replays the episode:
 the simulation is deterministic.  Arms are drawn with their collision shapes there, which is several times faster and the same physics; -meshes behind a name,
 or full_meshes=True, brings the full meshes back.  With CUDA all environments run in this process, in ManiSkill's GPU simulation, pictures stay on the
-device until the one that is read.  That path is untested on a GPU; in it an episode that ends inside a chunk shows the chunk's end.
+device until the one that is read.  That path is untested on a GPU; in it an episode that ends inside a chunk shows the chunk's end.  -cpu behind a name
+simulates in processes as above all the same, and the GPU only draws: the scenes and looks of a machine without one.
 """
 import importlib.util, os, re, sys
 from pathlib import Path
@@ -29,6 +30,7 @@ HEIGHT = dict(cube=.02, ball=.022, can=.03, brick=.018, pill=.017)           # o
 OBJECTS = ("red cube", "green ball", "blue can", "yellow brick", "purple pill", "orange cube", "white ball", "black can", "pink brick", "cyan pill")
 UNSEEN = ("blue cube", "yellow ball", "green can", "red brick", "orange pill", "purple cube", "pink ball", "cyan can", "white brick", "black pill")
 PLATES = ("white plate", "blue plate", "red plate", "green plate", "yellow plate")       # the last two are never seen in training
+EXTRAS = "(-meshes|-cpu)+$"                                                   # behind a name
 KEYPOINTS = (*COLOURS, *PLATES, "hand", "left hand", "goal")                 # objects by colour: no two of a scene share one
 RADIUS, THICK = .065, .01                                                    # a plate's
 SENTENCES = {"PickCube-v1": "pick up the red cube and move it to the green goal", "StackCube-v1": "stack the red cube on the green cube",
@@ -54,7 +56,7 @@ def instructions(name):
 
 
 def vocabulary(env_id):
-    name = env_id.removeprefix("maniskill").removeprefix("-").removesuffix("-meshes")
+    name = re.sub(EXTRAS, "", env_id.removeprefix("maniskill").removeprefix("-"))
     return {w for text in (*instructions(name), *(() if name.startswith(":") else (*OBJECTS, *UNSEEN, *PLATES))) for w in text.split()}
 
 
@@ -95,21 +97,23 @@ class ManiSkillEnv(SimulatorEnv):
 
     def __init__(self, name, num_envs=1, seed=0, max_steps=None, image=128, full_meshes=False, workers=None, timeout=120):
         """workers: on a CPU, at most so many environments, by default one a core.  timeout: seconds for a step; a start gets five minutes more."""
-        self.name, self.label, cuda = name.removesuffix("-meshes"), f"maniskill{'-' * (name[0] != ':')}{name}", torch.cuda.is_available()
+        self.name, self.label, card = re.sub(EXTRAS, "", name), f"maniskill{'-' * (name[0] != ':')}{name}", f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        extras, card = name[len(self.name):], card if torch.cuda.is_available() else "cpu"
+        cuda = card != "cpu" and "-cpu" not in extras
         if self.name not in SHIFTS and not re.match(":.", self.name):
-            raise SystemExit(f"{self.label} is neither one of maniskill-{{{', '.join(SHIFTS)}}}, with or without -meshes behind it, nor a maniskill:ID")
+            raise SystemExit(f"{self.label} is neither one of maniskill-{{{', '.join(SHIFTS)}}}, with or without -meshes or -cpu behind it, nor a maniskill:ID")
         if not importlib.util.find_spec("mani_skill"):
             raise SystemExit(f"{self.label} needs ManiSkill 3: {INSTALL}")
         most = num_envs if cuda else workers or cores()
         if num_envs > most:
             print(f"{self.label}: {most} environments side by side, one a core, instead of {num_envs}", file=sys.stderr, flush=True)
             num_envs = most
-        words, root = (self.name[1:] if self.name[0] == ":" else "", image, int(full_meshes or name != self.name)), Path(__file__).resolve().parents[1]
+        words, root = (self.name[1:] if self.name[0] == ":" else "", image, int(full_meshes or "-meshes" in extras), card), Path(__file__).resolve().parents[1]
         self.fresh, self.holding = {}, np.zeros(num_envs, bool)
         try:
             if cuda:
                 from envs.maniskill_worker import Simulation
-                self.simulation = Simulation(words[0], num_envs, image, True, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+                self.simulation = Simulation(words[0], num_envs, image, True, card, card)
             else:
                 self.workers = [Replayed(f"{self.label}: worker {i}", lambda: start("envs.maniskill_worker", words, root), timeout, suite=300, reset=300)
                                 for i in range(num_envs)]

@@ -153,8 +153,18 @@ class PutOnPlate(BaseEnv):
         return dict(is_grasped=held, success=on & ~held & (speed.norm(dim=1) < .05))
 
 
+def enable_gpu_simulation():
+    version = sapien.physx.version()
+    try:
+        sapien.physx.enable_gpu()                                            # downloads a library the first time
+    except Exception as e:
+        raise Unavailable(f"GPU simulation needs a library that SAPIEN could not get ({type(e).__name__}): unzip https://github.com/sapien-sim/physx-precompiled/"
+                          f"releases/download/{version}/linux-so.zip in ~/.sapien/physx/{version}, or put -cpu behind the name: then the GPU only draws")
+
+
 class Simulation:
-    def __init__(self, env_id, num_envs, image, full_meshes, device):
+    def __init__(self, env_id, num_envs, image, full_meshes, device, card):
+        """device: what simulates; card: what draws."""
         self.device, self.num_envs, self.image, self.ours = torch.device(device), num_envs, image, not env_id
         if not full_meshes:
             self.folder = tempfile.TemporaryDirectory()
@@ -164,13 +174,14 @@ class Simulation:
         def refuse(question=""):
             raise Unavailable(f"{env_id} needs a download: python -m mani_skill.utils.download_asset {env_id} -y")
         ask, builtins.input = builtins.input, refuse                         # ManiSkill would ask whether to download
-        on_gpu = dict(sim_backend=f"physx_{device}", render_backend=f"sapien_{device}")
         try:
+            if self.device.type == "cuda":
+                enable_gpu_simulation()
             env_id = env_id or "PutOnPlate-v1"
             self.limit = gymnasium.spec(env_id).max_episode_steps or 100
             self.env = gymnasium.make(env_id, num_envs=num_envs, obs_mode="none", control_mode="pd_ee_delta_pose",
                                       sensor_configs=dict(width=image, height=image) | (dict(fov=VIEW[env_id]) if env_id in VIEW else {}),
-                                      **on_gpu if self.device.type == "cuda" else dict(sim_backend="physx_cpu", render_backend="cpu"))
+                                      sim_backend=f"physx_{device}", render_backend=f"sapien_{card}")
             self.sim = self.env.unwrapped
             self.sim._reward_mode = "none"                                   # nobody reads ManiSkill's own
             if "success" not in self.sim.evaluate():
@@ -314,7 +325,7 @@ def pick_and_place(hand, pose, alike, held, goal, within, let_go=True, idle=Fals
     return np.concatenate([way, -15 * spin / np.maximum(15 * np.linalg.norm(spin, axis=1, keepdims=True), 1), np.where(close, -1., 1)[:, None]], 1)
 
 
-def serve(descriptor, env_id, image, full_meshes):
+def serve(descriptor, env_id, image, full_meshes, card):
     """A worker's life: it answers until its parent is gone."""
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()     # the parent holds the other end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -323,11 +334,11 @@ def serve(descriptor, env_id, image, full_meshes):
     while True:
         method, *given = pipe.recv()
         try:
-            simulation = simulation or Simulation(env_id, 1, image, full_meshes, "cpu")
+            simulation = simulation or Simulation(env_id, 1, image, full_meshes, "cpu", card)
             pipe.send(getattr(simulation, method)([0], *([x] for x in given)))
         except Exception as e:
             pipe.send(e if isinstance(e, Unavailable) else RuntimeError(f"{type(e).__name__}: {e}"))
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

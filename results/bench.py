@@ -36,7 +36,7 @@ def run(jobs, todo, results, slots, gpus, lock):
     shares = [set(cores()[k::slots] or cores()) for k in range(slots)]                   # a simulator has one environment a core: of its job's share
     threads = str(max(1, len(cores()) // slots))
     base = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    card = say("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[:1] if shutil.which("nvidia-smi") else []
+    card = say("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[:1] if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and shutil.which("nvidia-smi") else []
     origin = dict(machine=", ".join([f"{os.cpu_count()} cores", platform.machine(), *card]),
                   versions=f"Python {platform.python_version()}, " + ", ".join(f"{k} {version(k)}" for k in ("torch", "transformers", "numpy")))
     running, number, total = {}, len(todo), sum(jobs[k].seconds for k in todo)

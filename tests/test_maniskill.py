@@ -1,7 +1,9 @@
 """ManiSkill (envs/maniskill.py, envs/maniskill_worker.py) on the real simulator.  MANISKILL=1 says that it is installed and has a Vulkan that it can draw
 with; without it only what needs neither runs.
 
-    python tests/test_maniskill.py expert 20               # the scripted expert's success on so many initial states of every suite and split
+With a GPU that draws and a CPU that simulates (-cpu) too: simulation on a GPU is tested by nothing here.
+
+    python tests/test_maniskill.py expert 20               # the scripted expert's success on so many initial states of every suite and split (expert 20 -cpu)
     python tests/test_maniskill.py speed                   # light arms against the full meshes; seconds an episode, memory
 """
 import contextlib
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ TRAIN, KEPT = range(400), range(400, 500)
 
 @pytest.fixture(scope="module")
 def env():
-    with contextlib.closing(envs.make("maniskill-repositioning", 2, workers=2)) as made:
+    with contextlib.closing(envs.make("maniskill-repositioning-cpu", 2, workers=2)) as made:
         yield made
 
 
@@ -119,7 +122,7 @@ def test_without_the_package(monkeypatch):
 
 
 def test_names():
-    for bad, said in (("maniskill-nothing", "unknown environment.*maniskill-repositioning"), ("maniskill-init-pose-mesh", "with or without -meshes"),
+    for bad, said in (("maniskill-nothing", "unknown environment.*maniskill-repositioning"), ("maniskill-init-pose-mesh", "with or without -meshes or -cpu"),
                       ("maniskill:", "nor a maniskill:ID")):
         with pytest.raises(SystemExit, match=said):
             envs.make(bad)
@@ -127,7 +130,27 @@ def test_names():
         envs.checkpoint("maniskill-init-pose", "student")
     text = lambda env_id: maniskill.instructions(":" + env_id)[0]
     assert text("PickCube-v1").startswith("pick up the red cube") and text("LiftPegUpright-v1") == "lift peg upright" and text("PushT-v1") == "push t"
-    assert "cubes" not in envs.vocabulary("maniskill:PickCube-v1") >= {"cube", "goal"} and envs.vocabulary("maniskill:PushT-v1-meshes") == {"push", "t"}
+    assert "cubes" not in envs.vocabulary("maniskill:PickCube-v1") >= {"cube", "goal"} and envs.vocabulary("maniskill:PushT-v1-meshes-cpu") == {"push", "t"}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_simulates_and_what_draws(monkeypatch, gpu):
+    """Processes without a GPU and with -cpu, which draw on a GPU where there is one; else one simulation, on the GPU."""
+    made = []
+
+    def make(*words):
+        made.append(words)
+        raise SystemExit("made")
+    monkeypatch.setattr(maniskill.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(maniskill, "start", lambda module, words, root: make(*words))
+    monkeypatch.setitem(sys.modules, "envs.maniskill_worker", types.SimpleNamespace(Simulation=lambda name, num_envs, *words: make("one for all", num_envs, *words)))
+    for name in ("maniskill-init-pose", "maniskill-init-pose-cpu", "maniskill-init-pose-meshes-cpu", "maniskill:PickCube-v1-cpu"):
+        with pytest.raises(SystemExit, match="made"):
+            envs.make(name, 1)
+    card = "cuda:1" if gpu else "cpu"
+    assert made == [("one for all", 1, 128, True, card, card) if gpu else ("", 128, 0, card), ("", 128, 0, card), ("", 128, 1, card), ("PickCube-v1", 128, 0, card)]
 
 
 def failing(env_id, **variables):
@@ -139,9 +162,18 @@ def failing(env_id, **variables):
 
 
 @simulated
+def test_no_library_for_gpu_simulation(monkeypatch):
+    from envs import maniskill_worker
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(maniskill_worker.sapien.physx, "enable_gpu", lambda: open("/nowhere/libPhysXGpu_64.so"))
+    with pytest.raises(SystemExit, match="^maniskill-init-pose: GPU simulation needs .*FileNotFoundError.*: unzip https://.*linux-so.zip in ~/.sapien/physx/.*, or put -cpu behind"):
+        envs.make("maniskill-init-pose")
+
+
+@simulated
 def test_one_sentence_instead_of_a_prompt_or_a_traceback():
-    assert "python -m mani_skill.utils.download_asset PickSingleYCB-v1 -y" in failing("maniskill:PickSingleYCB-v1")
-    assert "ManiSkill has no PickCub-v1" in failing("maniskill:PickCub-v1")
+    assert "python -m mani_skill.utils.download_asset PickSingleYCB-v1 -y" in failing("maniskill:PickSingleYCB-v1-cpu")
+    assert "ManiSkill has no PickCub-v1" in failing("maniskill:PickCub-v1-cpu")
     if not torch.cuda.is_available():
         assert "Mesa 23 or newer" in failing("maniskill-repositioning", VK_ICD_FILENAMES="nowhere.json", VK_DRIVER_FILES="nowhere.json")
 
@@ -150,7 +182,7 @@ def test_one_sentence_instead_of_a_prompt_or_a_traceback():
 @simulated
 def test_spaces_and_splits(env):
     suite, (made,) = env.suite, env._call("suite", [0])
-    assert (suite.name, made["max_steps"], suite.action_dim, suite.chunk, suite.image) == ("maniskill-repositioning", 80, 7, 4, 128)
+    assert (suite.name, made["max_steps"], suite.action_dim, suite.chunk, suite.image) == ("maniskill-repositioning-cpu", 80, 7, 4, 128)
     assert len(set(suite.tasks)) == 10 and suite.splits == dict(train=list(TRAIN), eval=list(KEPT), ood=list(KEPT))
     obs = reset(env)
     assert env.observation_space.contains(obs) and obs["instruction"] == tuple(suite.tasks[:2]) and obs["image"].std((1, 2, 3)).min() > 20
@@ -348,7 +380,7 @@ def test_three_failures_are_told(monkeypatch, capsys):
 
 @simulated
 def test_no_stray_processes():
-    made = envs.make("maniskill:StackCube-v1", 2, workers=2)
+    made = envs.make("maniskill:StackCube-v1-cpu", 2, workers=2)
     made.reset()
     processes = [w.worker.process for w in made.workers]
     assert all(p.poll() is None for p in processes) and made.suite.max_steps == 50
@@ -361,7 +393,7 @@ def test_no_stray_processes():
 @pytest.mark.parametrize("env_id,dim", [("PickCube-v1", 7), ("TwoRobotPickCube-v1", 14), ("TwoRobotStackCube-v1", 14)])
 def test_own_tasks(env_id, dim):
     """Seeds make scenes; both arms obey their own half of an action."""
-    with contextlib.closing(envs.make(f"maniskill:{env_id}", image=64)) as made:
+    with contextlib.closing(envs.make(f"maniskill:{env_id}-cpu", image=64)) as made:
         suite = made.suite
         assert (suite.action_dim, suite.image, suite.chunk, len(suite.tasks)) == (dim, 64, 4, 1) and suite.max_steps >= 50 and "ood" not in suite.splits
         one, two, again = (made.reset(options=dict(init_state=[k]))[0]["image"][0] for k in (1, 2, 1))
@@ -382,7 +414,7 @@ def test_own_tasks(env_id, dim):
 @simulated
 def test_hidden_goals_are_drawn():
     """A policy has the picture alone: ManiSkill hides the goal from its cameras, and gives it as numbers."""
-    with contextlib.closing(envs.make("maniskill:PickCube-v1")) as made:
+    with contextlib.closing(envs.make("maniskill:PickCube-v1-cpu")) as made:
         red, green, blue = made.reset(options=dict(init_state=[1]))[0]["image"][0].astype(int).transpose(2, 0, 1)
         assert ((green > 2 * red + 30) & (green > 2 * blue + 30)).sum() > 20
 
@@ -391,7 +423,7 @@ def test_hidden_goals_are_drawn():
 @pytest.mark.parametrize("env_id,things", [("TwoRobotPickCube-v1", dict(red=0)), ("TwoRobotStackCube-v1", dict(green=1, blue=2))])
 def test_two_robots_expert_and_keypoints(env_id, things):
     """It solves it, undisturbed and after half a second of noise; keypoints lie on what has their colour, and move to the hand that holds it."""
-    with contextlib.closing(envs.make(f"maniskill:{env_id}", 2, workers=2)) as made:
+    with contextlib.closing(envs.make(f"maniskill:{env_id}-cpu", 2, workers=2)) as made:
         made.reset(options=dict(init_state=[401, 402]))
         names, together = [*things, "goal", "hand", "left hand"], np.zeros((2, len(things)))
         while not made.done.all():
@@ -414,7 +446,7 @@ def test_two_robots_expert_and_keypoints(env_id, things):
 def test_two_robots_expert_lets_go_wherever_it_counts(monkeypatch):
     """Not at its own mark alone: a policy that misses that by two centimetres has to learn to open its hand there as well."""
     from envs.maniskill_worker import Pose, Simulation
-    simulation = Simulation("TwoRobotStackCube-v1", 1, 64, False, "cpu")
+    simulation = Simulation("TwoRobotStackCube-v1", 1, 64, False, "cpu", "cuda" if torch.cuda.is_available() else "cpu")
     simulation.reset([0], [401])
     sim, goal = simulation.sim, simulation.sim.goal_region.pose.p[0].numpy() * (1, 1, 0)
     holds = {}
@@ -468,7 +500,7 @@ def test_two_robots_through_the_scripts(tmp_path, monkeypatch):
     import sft
     import small
     import vla_opd
-    env_id = "maniskill:TwoRobotStackCube-v1"
+    env_id = "maniskill:TwoRobotStackCube-v1-cpu"
     with contextlib.closing(envs.make(env_id, 2, workers=2)) as made:
         made.suite.max_steps = 8
         monkeypatch.setattr(envs, "make", lambda env_id, *args: made)
@@ -487,14 +519,15 @@ def test_two_robots_through_the_scripts(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------- by hand
-def expert(states):
-    env = envs.make("maniskill-repositioning", 512)
+def expert(states, extra=""):
+    states = int(states)
+    env = envs.make(f"maniskill-repositioning{extra}", 512)
     for name in (*SHIFTS, *(f":{task}" for task in maniskill.TWO_ARMS)):
         if name in SHIFTS:
             env.name = name                              # a worker can show every suite's scenes
         else:
             env.close()
-            env = envs.make(f"maniskill{name}", 512)
+            env = envs.make(f"maniskill{name}{extra}", 512)
         tasks = len(env.suite.tasks)
         for split in env.suite.splits:
             wins = steps = 0
@@ -515,7 +548,7 @@ def seconds(pid):
 
 def speed():
     one = {}
-    for name in ("maniskill-repositioning", "maniskill-repositioning-meshes"):
+    for name in ("maniskill-repositioning-cpu", "maniskill-repositioning-meshes-cpu"):
         env = envs.make(name)
         pid, cost = env.workers[0].worker.process.pid, {}
         for chunk in (1, env.suite.chunk):               # a picture a step, and a picture a chunk
@@ -538,5 +571,5 @@ def speed():
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     began = time.time()
-    expert(*map(int, rest)) if what == "expert" else speed()
+    expert(*rest) if what == "expert" else speed()
     print(f"{time.time() - began:.0f} s")
