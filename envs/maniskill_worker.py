@@ -236,7 +236,7 @@ class Simulation:
         camera = self.sim._sensors.get("base_camera") or next(iter(self.sim._sensors.values()))         # a task may make new ones when it is reset
         camera.capture()
         whose = {row: self.scenes[row]["texture"] for row in rows if "texture" in self.scenes[row]}
-        seen = camera.get_obs(depth=False, position=False, segmentation=bool(whose))
+        seen = {k: v.to(self.device) for k, v in camera.get_obs(depth=False, position=False, segmentation=bool(whose)).items()}      # a GPU's, where it draws
         picture, size = seen["rgb"].clone(), self.image
         for row, (whole, which, *seed) in whose.items():
             y, x = np.random.default_rng([*seed, int(self.sim.elapsed_steps[row])]).integers(0, size, 2)

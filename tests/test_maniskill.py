@@ -5,6 +5,7 @@ With a GPU that draws and a CPU that simulates (-cpu) too: simulation on a GPU i
 
     python tests/test_maniskill.py expert 20               # the scripted expert's success on so many initial states of every suite and split (expert 20 -cpu)
     python tests/test_maniskill.py speed                   # light arms against the full meshes; seconds an episode, memory
+    python tests/test_maniskill.py pictures FILE           # how far the pictures drawn here are from those in FILE, which is made where there is none
 """
 import contextlib
 import os
@@ -568,8 +569,25 @@ def speed():
     print(f"light arms: {full[1] / light[1]:.1f} x faster a step with its picture")
 
 
+def pictures(file):
+    """Of the same scenes and actions; another Vulkan driver draws nearly the same."""
+    made = {}
+    for name, split in (("-repositioning", "eval"), ("-unseen-table", "ood"), ("-dynamic-noise", "ood"), (":TwoRobotStackCube-v1", "eval")):
+        env = envs.make(f"maniskill{name}-cpu")
+        for state in (400, 401):
+            made[f"maniskill{name} {state}"] = env.reset(options=dict(task=[state % len(env.suite.tasks)], init_state=[state], split=split))[0]["image"][0]
+            for _ in range(2):
+                made[f"maniskill{name} {state} later"] = env.step(np.zeros((1, 4, env.suite.action_dim)))[0]["image"][0]
+        env.close()
+    if not Path(file).exists():
+        np.savez_compressed(file, **made)
+    for name, other in np.load(file).items():
+        away = np.abs(made[name].astype(int) - other)
+        print(f"{name}: {away.mean():.2f} of 255 on the average, at most {away.max()}")
+
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     began = time.time()
-    expert(*rest) if what == "expert" else speed()
+    dict(expert=expert, speed=speed, pictures=pictures)[what](*rest)
     print(f"{time.time() - began:.0f} s")
