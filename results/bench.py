@@ -2,7 +2,7 @@
 starts from changed.  A run that fails is reported and does not stop the others.
 
     ./benchmark.sh                            every algorithm, small, one seed, at most half an hour on 2 cores: results/quick/
-    ./benchmark.sh full                       every table and figure, 3 seeds: results/
+    ./benchmark.sh full                       every table and figure, 3 seeds of what the papers measured, 1 of what we asked besides: results/
     ./benchmark.sh opd-table2 road-alpha      these alone
     ./benchmark.sh libero --gpus 0,1          a real simulator (libero, maniskill, rl4vla, robotwin)
 """
@@ -101,7 +101,7 @@ def main():
     parser.add_argument("what", nargs="*", default=["quick"], metavar="WHAT", help=f"quick (the default), full, {', '.join((*SIMULATORS, *tables))}")
     parser.add_argument("--jobs", type=int, help="processes side by side (default: one a core, or one a GPU of --gpus)")
     parser.add_argument("--gpus", type=lambda s: s.split(","), default=[], help="0,1: the GPUs to take in turns")
-    parser.add_argument("--seeds", type=int, help="seeds 1 to N (default: 3; quick and simulators 1)")
+    parser.add_argument("--seeds", type=int, help="seeds 1 to N (default: 3, of what no table of the papers asks for 1; quick and simulators 1)")
     parser.add_argument("--missing", action="store_true", help="run only what results/ has no CSV of, and what that needs")
     parser.add_argument("--list", action="store_true", help="say what would run, and what is finished")
     parser.add_argument("--student", default="", help="libero, maniskill, rl4vla, robotwin: the checkpoint to start from, a folder (from the repository) or a hub id; "
@@ -120,7 +120,7 @@ def main():
     if (args.student or args.teacher) and not simulator:
         parser.error(f"--student and --teacher are for {', '.join(SIMULATORS)}: the tables start from the shipped ones")
     results = ROOT / "results" / ("quick" if args.what == ["quick"] else "")
-    jobs = make_jobs(args.what, args.seeds or (1 if simulator or args.what == ["quick"] else 3), args.student, args.teacher)
+    jobs = make_jobs(args.what, args.seeds or (1 if simulator or args.what == ["quick"] else None), args.student, args.teacher)
     done = {k for k, job in jobs.items() if job.finished(jobs, results)}
     todo = [k for k, job in jobs.items() if (not job.outputs(results)[0].exists() if args.missing else k not in done)]
     for name in reversed(jobs):                          # a need stands before who needs it

@@ -66,6 +66,8 @@ TABLES = [                                               # table or figure, suit
     ("road-strength", ("repositioning",), "ppo road road-even road-alone"), ("road-strength", ("",), "gradients"),
     ("road-long", ("repositioning",), "ppo road ppo-long road-long"),
     ("checkpoints", (*SUITES, *SHIFTS), "base"), ("checkpoints", (*SUITES, *SHIFTS, "two-arm"), "student teacher")]
+# What no table of the papers asks for: one seed, unless --seeds says how many.
+ONCE = [k for k in ALGORITHMS if k.startswith(("plain-", "sharp-", "all-states-", "distill-grpo-"))] + ["fkl-fine", "opd-rollout-reward", "make-teacher", "ppo-long", "road-long"]
 QUICK = [("quick", ("object",), "student teacher opd-exact grpo opd-sampled opd-g2 dagger-fkl dagger-ce distill-grpo sft-many ppo road"),
          ("quick", SUITES[1:] + ("two-arm",), "student teacher opd-exact grpo"), ("quick", SHIFTS, "ppo road"), ("quick", ("repositioning",), "text-rel-spatial")]
 SMALL = dict.fromkeys(("vla_opd", "dagger_forward_kl", "dagger_hard_ce"), "--num-iterations 4 --batch-prompts 16 --eval-episodes-per-task 5")
@@ -164,8 +166,8 @@ class Job:
                 table.writerows(row for row in csv.DictReader(f) if row["mode"] == "greedy")
 
 
-def make_jobs(what, seeds, student="", teacher=""):
-    """{name: Job}, in the order to run in, each behind those that it needs."""
+def make_jobs(what, seeds=None, student="", teacher=""):
+    """{name: Job}, in the order to run in, each behind those that it needs.  seeds: 3 by default, and one of ONCE."""
     quick, kind, jobs = what == ["quick"], next((k for k in what if k in SIMULATORS), "tabletop"), {}
     tables = QUICK if quick else [t for t in TABLES if t[0] in what or "full" in what]
     sizes, runs = SMALL if quick else BIG if kind not in ("tabletop", "maniskill") else {}, "quick" if quick else "bench"
@@ -195,8 +197,8 @@ def make_jobs(what, seeds, student="", teacher=""):
         episodes = "100" if kind in ("rl4vla", "robotwin") else "20"                     # these have one task
         jobs[name] = Job(name, env, words, ["--episodes-per-task", episodes, *sizes.get("evaluate", "").split()], ROOT / "runs" / runs / name, needs, splits)
         return name
-    for seed in range(1, seeds + 1):
+    for seed in range(1, (seeds or 3) + 1):
         for first in (True, False):                      # tabletop-object first
             for _, suites, algorithms in tables:
-                [add(suite, k, seed) for suite in suites if (suite == "object") == first for k in algorithms.split()]
+                [add(suite, k, seed) for suite in suites if (suite == "object") == first for k in algorithms.split() if seeds or seed == 1 or k not in ONCE]
     return jobs
