@@ -42,7 +42,8 @@ VIEW = {"TwoRobotPickCube-v1": .6, "TwoRobotStackCube-v1": .9}               # M
 INSTALL = ("pip install scipy h5py pyyaml requests transforms3d lxml trimesh imageio IPython defusedxml dacite opencv-python-headless && "
            "pip install --no-deps mani_skill==3.0.1 sapien==3.0.3 pytorch_kinematics==0.7.6 arm_pytorch_utilities pytorch_seed")
 VULKAN = ("no Vulkan driver that ManiSkill can draw with: on a CPU it needs Mesa 23 or newer (apt install mesa-vulkan-drivers, on Debian 12 from "
-          "bookworm-backports), and VK_ICD_FILENAMES, where it is set, must name that driver's .json file")
+          "bookworm-backports), and VK_ICD_FILENAMES, where it is set, must name that driver's .json file; a GPU needs its maker's (in containers "
+          "NVIDIA_DRIVER_CAPABILITIES=all), and where CUDA_VISIBLE_DEVICES is empty Mesa draws")
 
 
 class Unavailable(Exception):

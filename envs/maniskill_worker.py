@@ -1,6 +1,6 @@
 """The other side of envs/maniskill.py: ManiSkill's simulator for some environments (on a CPU one, in a process of its own), our scene from primitives, a
 privileged expert.  Everything is batched: `rows` says which environments are meant, the rest of the arguments and the answers are one a row."""
-import builtins, functools, gc, os, re, signal, sys, tempfile, threading
+import builtins, functools, gc, os, platform, re, signal, sys, tempfile, threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from xml.etree import ElementTree
@@ -154,12 +154,14 @@ class PutOnPlate(BaseEnv):
 
 
 def enable_gpu_simulation():
-    version = sapien.physx.version()
+    version, kind = sapien.physx.version(), "linux-aarch64-so" if platform.machine() in ("aarch64", "arm64") else "linux-so"
     try:
         sapien.physx.enable_gpu()                                            # downloads a library the first time
     except Exception as e:
-        raise Unavailable(f"GPU simulation needs a library that SAPIEN could not get ({type(e).__name__}): unzip https://github.com/sapien-sim/physx-precompiled/"
-                          f"releases/download/{version}/linux-so.zip in ~/.sapien/physx/{version}, or put -cpu behind the name: then the GPU only draws")
+        there = (Path.home() / ".sapien" / "physx" / version / "libPhysXGpu_64.so").exists()
+        fix = f"unzip https://github.com/sapien-sim/physx-precompiled/releases/download/{version}/{kind}.zip in ~/.sapien/physx/{version}, or "
+        raise Unavailable(f"GPU simulation cannot be had here ({' '.join(f'{type(e).__name__}: {e}'.split())}): {fix * (not there)}"
+                          "put -cpu behind the name, then the GPU only draws")
 
 
 class Simulation:

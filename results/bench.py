@@ -36,7 +36,8 @@ def run(jobs, todo, results, slots, gpus, lock):
     shares = [set(cores()[k::slots] or cores()) for k in range(slots)]                   # a simulator has one environment a core: of its job's share
     threads = str(max(1, len(cores()) // slots))
     base = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    card = say("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[:1] if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and shutil.which("nvidia-smi") else []
+    shown = gpus or os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    card = [say("nvidia-smi", "-i", shown[0], "--query-gpu=name", "--format=csv,noheader")] if shown[0] not in ("", "-1") and shutil.which("nvidia-smi") else []
     origin = dict(machine=", ".join([f"{os.cpu_count()} cores", platform.machine(), *card]),
                   versions=f"Python {platform.python_version()}, " + ", ".join(f"{k} {version(k)}" for k in ("torch", "transformers", "numpy")))
     running, number, total = {}, len(todo), sum(jobs[k].seconds for k in todo)
@@ -101,7 +102,7 @@ def main():
     parser.add_argument("what", nargs="*", default=["quick"], metavar="WHAT", help=f"quick (the default), full, {', '.join((*SIMULATORS, *tables))}")
     parser.add_argument("--jobs", type=int, help="processes side by side (default: one a core, or one a GPU of --gpus)")
     parser.add_argument("--gpus", type=lambda s: s.split(","), default=[], help="0,1: the GPUs to take in turns")
-    parser.add_argument("--seeds", type=int, help="seeds 1 to N (default: 3, of what no table of the papers asks for 1; quick and simulators 1)")
+    parser.add_argument("--seeds", type=int, help="seeds 1 to N (default: 3, but 1 of what no table of the papers asks for; quick and simulators 1)")
     parser.add_argument("--missing", action="store_true", help="run only what results/ has no CSV of, and what that needs")
     parser.add_argument("--list", action="store_true", help="say what would run, and what is finished")
     parser.add_argument("--student", default="", help="libero, maniskill, rl4vla, robotwin: the checkpoint to start from, a folder (from the repository) or a hub id; "

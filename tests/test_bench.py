@@ -220,6 +220,6 @@ def test_three_seeds_of_what_the_papers_measured():
     plain, more = jobs.make_jobs(["full"]), jobs.make_jobs(["full"], 2)
     for k in ("object-opd-exact", "long-grpo", "init-pose-road", "two-arm-dagger-ce", "repositioning-text-mcts", "goal-forget-sft-many", "repositioning-ppo-at-20"):
         assert seeds(plain, k) == [1, 2, 3] and seeds(more, k) == [1, 2]
-    for k in ("object-plain-teacher", "object-sharp-ce", "object-distill-grpo-slow", "object-all-states-opd-exact", "repositioning-ppo-long"):
+    for k in ("object-plain-teacher", "object-sharp-ce", "object-distill-grpo-slow", "object-all-states-opd-exact", "repositioning-ppo-long", "repositioning-road-even"):
         assert seeds(plain, k) == [1] and seeds(more, k) == [1, 2]
     assert {k for k in jobs.ONCE if k not in {a for _, _, algorithms in jobs.TABLES for a in algorithms.split()}} == {"plain-teacher", "sharp-student"}     # made for others
