@@ -67,8 +67,8 @@ TABLES = [                                               # table or figure, suit
     ("road-long", ("repositioning",), "ppo road ppo-long road-long"),
     ("checkpoints", (*SUITES, *SHIFTS), "base"), ("checkpoints", (*SUITES, *SHIFTS, "two-arm"), "student teacher")]
 # What no table of the papers asks for: one seed, unless --seeds says how many.
-ONCE = [k for k in ALGORITHMS if k.startswith(("plain-", "sharp-", "all-states-", "distill-grpo-"))] + ["fkl-fine", "opd-rollout-reward", "make-teacher", "ppo-long", "road-long",
-                                                                                                         "road-warm", "road-even", "road-alone"]
+ONCE = [k for k in ALGORITHMS if k.startswith(("plain-", "sharp-", "all-states-", "distill-grpo-"))]
+ONCE += "fkl-fine opd-rollout-reward make-teacher ppo-long road-long road-warm road-even road-alone".split()
 QUICK = [("quick", ("object",), "student teacher opd-exact grpo opd-sampled opd-g2 dagger-fkl dagger-ce distill-grpo sft-many ppo road"),
          ("quick", SUITES[1:] + ("two-arm",), "student teacher opd-exact grpo"), ("quick", SHIFTS, "ppo road"), ("quick", ("repositioning",), "text-rel-spatial")]
 SMALL = dict.fromkeys(("vla_opd", "dagger_forward_kl", "dagger_hard_ce"), "--num-iterations 4 --batch-prompts 16 --eval-episodes-per-task 5")

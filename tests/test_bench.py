@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))
+import bench
 import jobs
 
 SCRIPT = '''
@@ -223,3 +224,18 @@ def test_three_seeds_of_what_the_papers_measured():
     for k in ("object-plain-teacher", "object-sharp-ce", "object-distill-grpo-slow", "object-all-states-opd-exact", "repositioning-ppo-long", "repositioning-road-even"):
         assert seeds(plain, k) == [1] and seeds(more, k) == [1, 2]
     assert {k for k in jobs.ONCE if k not in {a for _, _, algorithms in jobs.TABLES for a in algorithms.split()}} == {"plain-teacher", "sharp-student"}     # made for others
+
+
+@pytest.mark.parametrize("shown,gpus,card", [(None, [], 0), ("", [], None), ("-1", [], None), ("3,4", [], 3), ("", ["2"], 2), (None, ["5", "6"], 5)])
+def test_the_gpu_that_jobs_were_shown_is_recorded(tmp_path, monkeypatch, shown, gpus, card):
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "card $2"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False) if shown is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    job = jobs.Job("nothing", "", [""], [], tmp_path, [], (), "")
+    monkeypatch.setattr(jobs.Job, "fingerprint", lambda self, jobs: "")
+    monkeypatch.setattr(jobs.Job, "steps", lambda self, stamp: self.keep(fingerprint=stamp) or iter(()))
+    with open(tmp_path / "lock", "w") as lock:
+        bench.run(dict(nothing=job), ["nothing"], tmp_path, 1, gpus, lock)
+    machine = next(csv.DictReader((tmp_path / "runs.csv").open()))["machine"]
+    assert machine.split(", ")[2:] == ([] if card is None else [f"card {card}"])
