@@ -533,6 +533,19 @@ def remember(memory, batch, actions, returns):
         new = features(text.state)[None], actions[row:row + 1], returns[row:row + 1]
         memory[str(text)] = tuple(np.concatenate(pair) for pair in zip(memory[text], new)) if text in memory else new
 
+class Remembering(ActorCritic):
+    """Its checkpoints hold the memory as well."""
+    def __init__(self, path, args, device):
+        super().__init__(path, args, device)
+        self.memory, file = {}, Path(path) / "memory.safetensors"
+        for name, x in load_file(file).items() if args.resume and file.exists() else ():
+            i, text = name.split(" ", 1)
+            self.memory.setdefault(text, [None] * 3)[int(i)] = x.numpy()
+
+    def save(self, folder):
+        super().save(folder)
+        self.memory and save_file({f"{i} {text}": torch.from_numpy(x) for text, known in self.memory.items() for i, x in enumerate(known)}, Path(folder) / "memory.safetensors")
+
 def jsd(p, q):
     """Jensen-Shannon divergence of log-probabilities [..., 256]."""
     mean = torch.logaddexp(p, q) - math.log(2)
@@ -562,7 +575,7 @@ def main(args):
     if args.num_episodes % world or episodes < 1 or args.updates_per_rollout < 1:
         sys.exit(f"--num-episodes {args.num_episodes} must divide among {world} processes, --updates-per-rollout be at least 1")
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "road_vla_text", rank)
-    model = ActorCritic(str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student"), args, device)
+    model = Remembering(str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student"), args, device)
     policy = model.policy
     args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)) and sys.exit(f"--updates-per-rollout: at most a rollout's {queries} queries")
     args.compile and policy.compile()
@@ -572,8 +585,6 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=args.adam_eps, weight_decay=.01)
     hasattr(env, "describe") and args.env != "tabletop-goal" or sys.exit(    # it has a drawer to pull and a knob to turn
         f"{args.env} cannot be put into these words, a thing and where to put it: there is no text teacher for it")
-    args.resume and args.privileged_info == "mcts" and sys.exit("the memory of --privileged-info mcts is in no checkpoint: start again, in another --run-dir")
-    memory = {}
     tell(env)
     first = run.load([optimizer]) if args.resume else 0
 
@@ -609,12 +620,12 @@ def main(args):
 
         # The teacher: the same policy, told more.
         with torch.no_grad():
-            told = hints(text, memory, args.privileged_info)
+            told = hints(text, model.memory, args.privileged_info)
             teacher_logp = torch.cat([(policy.score(image[i], [told[j] for j in i], tokens[i]) / args.temperature).log_softmax(-1)
                                       for i in torch.arange(len(tokens)).split(args.query_batch_size)])
             policy.rows.clear()                                                          # prompts hardly ever return
         if args.privileged_info == "mcts":
-            remember(memory, batch, policy.actions(batch["tokens"])[:, 0], returns.cpu().numpy())
+            remember(model.memory, batch, policy.actions(batch["tokens"])[:, 0], returns.cpu().numpy())
         device.type == "cuda" and torch.cuda.synchronize()
         clock.append(time.time())
 

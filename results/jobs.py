@@ -143,7 +143,7 @@ class Job:
     def steps(self, stamp):
         """The commands, one after the other: the training, its evaluations."""
         saved = any((self.folder / k).exists() for k in ("checkpoint", "checkpoint.old"))
-        go_on = self.note("job.json").get("fingerprint") == stamp and saved and "mcts" not in self.words     # that one's memory is in no checkpoint
+        go_on = self.note("job.json").get("fingerprint") == stamp and saved
         if not go_on:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -70,16 +70,21 @@ def losses(logits, value, tokens, mask, old_logp, old_value, advantage, returns,
     return [sum(x) / len(x) for x in (policy, worth, entropy)]
 
 
-def recorded(module, args):
-    """main()'s gradients, and the batch it had, with rewards that a random policy would never get."""
+def rewarded(patch, module):
+    """Rollouts have rewards that a random policy would never get."""
     original = module.rollout
 
-    def rewarded(*a, **k):
+    def rollout(*a, **k):
         batch = original(*a, **k)
         g = torch.Generator().manual_seed(int(batch["tokens"].sum()))
         return batch | dict(reward=.1 + .3 * torch.randn(len(batch["tokens"]), generator=g))
+    patch.setattr(module, "rollout", rollout)
+
+
+def recorded(module, args):
+    """main()'s gradients, and the batch it had."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "rollout", rewarded)
+        rewarded(patch, module)
         gradients, (batch,) = small.recorded(module, args)
     return gradients, batch
 
@@ -115,22 +120,30 @@ def play(module, folder, run_dir, decoding="parallel", **kw):
 
 def straight_and_resumed(module, folder, decoding, **kw):
     """Two iterations at once, and in two runs: the same to the last bit, and finite."""
-    seen, original = set(), module.rollout
-    with pytest.MonkeyPatch.context() as patch:          # env is the first argument, the split is the fifth
-        patch.setattr(module, "rollout", lambda *a: seen.add((a[4], a[0].fixed_horizon)) or original(*a))
-        straight = play(module, folder, "straight", decoding, **kw)
-    assert seen == {("train", True), ("eval", False)}
+    seen, play_one = [], module.rollout
+
+    def rollout(env, model, task, state, split, temperature, *rest):
+        seen.append((split, env.fixed_horizon, temperature, set(state)))
+        return play_one(env, model, task, state, split, temperature, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "rollout", rollout)
+        straight = play(module, folder, "straight", decoding, temperature=1.3, **kw)
+    kw["temperature"] = 1.3
+    assert [s[:3] for s in seen] == [("eval", False, 0.), ("train", True, 1.3), ("train", True, 1.3), ("eval", False, 0.)]
+    assert max(seen[1][3] | seen[2][3]) < 400 <= min(seen[0][3]) and seen[1][3] != seen[2][3]
     half = play(module, folder, "parts", decoding, num_iterations=1, **kw)
     first = parts(half / "checkpoint")
     play(module, folder, "parts", decoding, resume=True, **kw)
     done, again = parts(straight / "checkpoint"), parts(half / "checkpoint")
     for part in done:
         assert all(torch.equal(v, again[part][k]) and v.isfinite().all() for k, v in done[part].items()), part
-        assert not all(torch.equal(v, first[part][k]) for k, v in done[part].items()), "the second iteration did nothing"
+        moved = max((v - first[part][k]).abs().max() for k, v in done[part].items())
+        assert moved > 1e-4, "the second iteration did nothing"          # more than weight decay
     last, resumed = ({k: v for k, v in rows(run)[2].items() if not k.startswith(TIMES)} for run in (straight, half))
     assert last == resumed and [r["step"] for r in rows(half)] == ["0", "1", "2"]
     for row in rows(straight)[1:]:
         assert np.isfinite([float(v) for k, v in row.items() if v or "eval" not in k and "reference_" not in k]).all()
         assert float(row["charts/env_steps"]) == 32 and float(row["charts/queries"]) == 32 / small.CHUNK[decoding]
         assert 4 < float(row["losses/entropy"]) <= np.log(256)
+        assert float(row["losses/approx_kl"]) > 1e-8                     # the ratio is that to the policy that played
     return straight

@@ -69,6 +69,17 @@ def test_differences_are_small(pair):
     assert len(changed) <= DIFFERENCES[pair], f"{len(changed)} changed lines, {DIFFERENCES[pair]} are allowed"
 
 
+@pytest.mark.parametrize("original,copies", [("vla_opd", ("dagger_forward_kl", "dagger_hard_ce")), ("ppo", ("road_vla", "road_vla_text"))])
+def test_they_learn_alike(original, copies):
+    """From the shares of the rollout to the optimiser's step only the loss differs: what tests show of the original there, of its gradient too, holds for the others."""
+    def learning(name):
+        source = (ROOT / f"algos/{name}.py").read_text()
+        loop = source[source.index("# Learning."):source.index('metrics |= {"charts/success_rate"')]
+        return re.sub(r"= \w+_loss\((.|\n)*?\)\n( *)loss\.backward", "= LOSS\n\\2loss.backward", loop)
+    assert "= LOSS\n" in learning(original) and "all_sum(torch.zeros_like(p)" in learning(original)
+    assert all(learning(copy) == learning(original) for copy in copies)
+
+
 def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

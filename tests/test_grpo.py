@@ -1,5 +1,4 @@
 """GRPO: advantages within a group, the asymmetric clip, the mean over trajectories, and what becomes of groups that teach nothing."""
-import threading
 
 import numpy as np
 import pytest
@@ -145,37 +144,11 @@ def test_two_processes_are_one(tmp_path, monkeypatch, written):
     """Threads in place of processes, their sum by hand: the gradient is that of all their kept trajectories."""
     small.shorten(monkeypatch)
     args = flags(tmp_path, batch_prompts=4, group_size=3, num_iterations=1, updates_per_rollout=1, max_grad_norm=small.FAR, max_rollouts=2)
-    rank, barrier, given, failed, main = threading.local(), threading.Barrier(2, timeout=60), {}, [], grpo.main
-
-    def all_sum(x, world):
-        if world > 1:
-            given[rank.id] = x.clone()
-            barrier.wait()
-            x.copy_(given[0] + given[1])
-            barrier.wait()
-        return x
-
-    def process(i):
-        rank.id = i
-        try:
-            main(args)
-        except BaseException as e:
-            failed.append(e)
-            barrier.abort()
-
-    def both(_):
-        threads = [threading.Thread(target=process, args=(i,)) for i in range(2)]
-        [t.start() for t in threads], [t.join() for t in threads]
-    monkeypatch.setattr(grpo, "Run", type("Run", (grpo.Run,), dict(__init__=lambda *a: None, log=lambda *a: None)))
-    monkeypatch.setattr(grpo, "setup", lambda args: (rank.id, 2, torch.device("cpu")))
-    monkeypatch.setattr(grpo, "all_sum", all_sum)
-    monkeypatch.setattr(grpo.dist, "broadcast", lambda *a: None)
-    monkeypatch.setattr(grpo, "main", both)
+    small.twice(monkeypatch, grpo)
     for args.loss_agg in ("seq", "token"):
         with monkeypatch.context() as p:
-            calls = outcomes(p, args.group_size, *written, process=lambda: rank.id)
+            calls = outcomes(p, args.group_size, *written, process=lambda: small.rank.id)
             gradients, batches = small.recorded(grpo, args)
-        assert not failed, failed
         states = [{s for c in calls if c["rank"] == i for s in c["state"]} for i in range(2)]
         assert len(gradients) == 2 and torch.equal(*gradients) and states[0] != states[1], "both play the same"
         want = brute_force(tmp_path, batches, args)
@@ -231,7 +204,7 @@ def test_learning_after_nothing_kept(tmp_path, monkeypatch):
     metrics, _ = run(tmp_path, monkeypatch, "13", "23", group_size=4, keep_low=.5, keep_high=.5, max_rollouts=1)
     assert [m["groups_kept"] for m in metrics] == [0, 1] and metrics[1]["entropy"] > 4 and np.isfinite(list(metrics[1].values())).all()
     before, after = load_file(tmp_path / "parallel-student/model.safetensors"), weights(tmp_path)
-    assert not all(torch.equal(before[k], after[k]) for k in before)
+    assert max((before[k] - after[k]).abs().max() for k in before) > 1e-4                # more than weight decay
 
 
 def test_every_optimiser_step_has_episodes(tmp_path, monkeypatch):

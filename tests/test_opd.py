@@ -317,6 +317,8 @@ def worker(rank, folder, port):
         (gradient,), batch = recorded(folder, agg, loss_agg=agg)
         tensors = {k: batch[k].contiguous() for k in ("image", "tokens", "mask", "episode")}
         save_file({"gradient": gradient, **tensors}, folder / f"{agg}{rank}.safetensors", {"text": "|".join(batch["instruction"])})
+    (gradient,), _ = recorded(folder, "clipped", max_grad_norm=1e-3)
+    save_file({"gradient": gradient}, folder / f"clipped{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
@@ -334,6 +336,9 @@ def test_two_processes_are_one(tmp_path):
         batch["instruction"] = [t for f in files for t in safe_open(f, "pt").metadata()["text"].split("|")]
         want = brute_force(tmp_path, batch, agg)
         assert (a["gradient"] - want).norm() < 1e-4 * want.norm(), agg
+        if agg == "sum":                                 # clipped once, as a whole
+            clipped = load_file(tmp_path / "clipped0.safetensors")["gradient"]
+            assert (clipped - 1e-3 * want / want.norm()).norm() < 1e-3 * 1e-3
 
 
 def test_matching_teacher_moves_nothing(tmp_path, monkeypatch):

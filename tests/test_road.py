@@ -217,27 +217,47 @@ def reference(folder, decoding="parallel", n=1):
     return str(critics.play(ppo, folder, "ppo", decoding, student=critics.checkpoint(folder, decoding, 1), num_iterations=n))
 
 
+def once(folder, source, path, **kw):
+    return road_vla.Args(**{**FEW, "student": path, "reference": source, "run_dir": str(folder / "run"), "num_iterations": 1, "updates_per_rollout": 1,
+                            "max_grad_norm": small.FAR, "distill_coefficient": 20., **kw})
+
+
+def brute_force(batches, args):
+    """The gradient on everything that was played, by all processes: the loss over all 256 tokens, weights from both critics' advantages."""
+    model, frozen = critics.actor_critic(args.student), critics.actor_critic(f"{args.reference}/checkpoint")
+    value, advantage, returns = (torch.cat(x) for x in zip(*(critics.judged(model, b, args) for b in batches)))
+    weight = distillation_weights(advantage, torch.cat([critics.judged(frozen, b, args)[1] for b in batches]), args, 1)[0]
+    image, tokens, mask, logp = (torch.cat([b[k] for b in batches]) for k in ("image", "tokens", "mask", "logp"))
+    logits, now = model(image, sum((b["instruction"] for b in batches), []), tokens)
+    advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-5)
+    policy, worth, entropy = critics.losses(logits, now, tokens, mask, logp, value, advantage, returns, args)
+    distill = brute(logits, tokens, weight[:, None].expand(mask.shape), "fkl")[mask].mean()
+    (args.ppo_term * policy + 20 * distill + worth - args.entropy_coefficient * entropy).backward()
+    return critics.flat_gradient(model)
+
+
 @pytest.mark.parametrize("decoding,kw", [("parallel", dict(query_batch_size=5, micro_batch_size=5, alpha=1.)),
                                          ("autoregressive", dict(ppo_term=False, alpha=1., gate=False))])
 def test_main_gradient(tmp_path, monkeypatch, decoding, kw):
-    """Both critics' advantages of everything that was played, and the loss over all 256 tokens."""
     critics.short(monkeypatch, 6)
     monkeypatch.setattr(ppo, "evaluate", small.no_evaluation)
-    path, source = critics.checkpoint(tmp_path, decoding), reference(tmp_path, decoding)
-    args = road_vla.Args(**{**FEW, "student": path, "reference": source, "run_dir": str(tmp_path / "run"), "num_iterations": 1, "updates_per_rollout": 1,
-                            "max_grad_norm": small.FAR, "distill_coefficient": 20., **kw})
+    args = once(tmp_path, reference(tmp_path, decoding), critics.checkpoint(tmp_path, decoding), **kw)
     (gradient,), batch = critics.recorded(road_vla, args)
-    model, frozen = critics.actor_critic(path), critics.actor_critic(f"{source}/checkpoint")
-    value, advantage, returns = critics.judged(model, batch, args)
-    weight = distillation_weights(advantage, critics.judged(frozen, batch, args)[1], args, 1)[0]
-    tokens, mask = batch["tokens"], batch["mask"]
-    logits, now = model(batch["image"], batch["instruction"], tokens)
-    advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-5)
-    policy, worth, entropy = critics.losses(logits, now, tokens, mask, batch["logp"], value, advantage, returns, args)
-    distill = brute(logits, tokens, weight[:, None].expand(mask.shape), "fkl")[mask].mean()
-    (args.ppo_term * policy + 20 * distill + worth - args.entropy_coefficient * entropy).backward()
-    want = critics.flat_gradient(model)
+    want = brute_force([batch], args)
     assert (gradient - want).norm() < 1e-3 * want.norm()
+
+
+def test_two_processes_are_one(tmp_path, monkeypatch):
+    """Advantages, weights and the mean are over what both played."""
+    critics.short(monkeypatch, 6)
+    monkeypatch.setattr(ppo, "evaluate", small.no_evaluation)
+    args = once(tmp_path, reference(tmp_path), critics.checkpoint(tmp_path), alpha=1.)
+    critics.rewarded(monkeypatch, road_vla)
+    small.twice(monkeypatch, road_vla)
+    gradients, batches = small.recorded(road_vla, args)
+    assert len(gradients) == 2 and torch.equal(*gradients) and not torch.equal(*(b["image"][0] for b in batches))
+    want = brute_force(batches, args)
+    assert (gradients[0] - want).norm() < 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import dagger_forward_kl
 import dagger_hard_ce
+import envs
 import evaluate
 import grpo
 import ppo
@@ -127,6 +128,47 @@ def test_adam_eps_reaches_the_optimizer(tmp_path, monkeypatch, name):
         before, after = (load_file(Path(k) / "model.safetensors") for k in (small.checkpoints(tmp_path)["student"], run / "checkpoint"))
         moved[eps] = sum((after[k] - before[k]).abs().sum() for k in before)
     assert moved[1e-8] > 5 * moved[1e-5] > 0, moved
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_is_played_and_how_fast_it_is_learned(tmp_path, monkeypatch, name):
+    """Greedy on the evaluation's states before and after; sampled on the training's, new ones every iteration, from which the policy then moves away."""
+    module, seen, rates, play, step = SCRIPTS[name].module, [], [], SCRIPTS[name].module.rollout, torch.optim.AdamW.step
+    small.shorten(monkeypatch)
+
+    def rollout(env, model, task, state, split, temperature, *rest):
+        seen.append((split, temperature, state.tolist()))
+        return play(env, model, task, state, split, temperature, *rest)
+    monkeypatch.setattr(module, "rollout", rollout)
+    monkeypatch.setattr(torch.optim, "AdamW", type("AdamW", (torch.optim.AdamW,), dict(step=lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))))
+    run = train(name, tmp_path, "run", temperature=1.3, eval_every=9, num_envs=12)
+    assert [s[:2] for s in seen] == [("eval", 0.), ("train", 1.3), ("train", 1.3), ("eval", 0.)]
+    assert max(seen[1][2] + seen[2][2]) < 400 <= min(seen[0][2]) and seen[1][2] != seen[2][2]
+    rate = module.Args().learning_rate
+    assert rates == pytest.approx([rate] * 4 if name == "grpo" else [rate, rate, rate / 2, rate / 2])
+    assert all(float(row["losses/approx_kl"]) > 1e-8 for row in rows(run)[1:])           # the ratio is that to the policy that played
+
+
+def test_two_evaluators_are_one(monkeypatch):
+    env, model, parts = envs.make("tabletop-object", 2), small.model(), []
+    monkeypatch.setattr(vla_opd, "rollout", lambda env, model, task, state, *rest: dict(success=(task + state) % 3 == 0, grasped=state == 401, length=10 * task + state))
+    alone = vla_opd.evaluate(env, model, "eval", 3, 0., 8, 1)
+    monkeypatch.setattr(vla_opd, "all_sum", lambda x, world: parts.append(x.clone()) or x)
+    [vla_opd.evaluate(env, model, "eval", 3, 0., 8, 1, rank, 2) for rank in (0, 1)]
+    assert np.array_equal(sum(parts).numpy().reshape(alone.shape), alone)
+
+
+def test_a_reward_is_its_querys():
+    """Five episodes in three environments; every reward is the number of the state that the episode began in."""
+    env, model, state = envs.make("tabletop-object", 3, 1), small.model(), np.array([5, 17, 3, 99, 42])
+    step = env.step
+
+    def paid(actions):
+        obs, _, *rest = step(actions)
+        return obs, env.init_state.astype(np.float32), *rest
+    env.step = paid
+    batch = vla_opd.rollout(env, model, np.arange(5), state, "train", 1., 8)
+    assert torch.equal(batch["reward"], torch.from_numpy(state).float()[batch["episode"]])
 
 
 @small.two_devices
@@ -265,6 +307,7 @@ def test_full_disk(tmp_path, monkeypatch, error):
 
 def test_intervals_hold_the_rate(tmp_path, monkeypatch):
     """At 0 and 100 % too, to the last bit: finish() draws them, and matplotlib wants no negative error."""
+    assert vla_opd.wilson(np.arange(200) < 100) == pytest.approx((.4314, .5686), abs=1e-4)
     for n in range(1, 300):
         for k in {0, 1, n // 2, n}:
             success = np.arange(n) < k

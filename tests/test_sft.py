@@ -14,6 +14,7 @@ import sft
 import small
 import envs
 from envs.libero_worker import picture
+from envs.tabletop import TabletopEnv
 import vla_opd
 
 FEW = dict(num_envs=4, num_iterations=1, demos_per_task=1, eval_episodes_per_task=1, device=small.DEVICE, batch_size=4096)
@@ -180,6 +181,29 @@ def test_micro_batches_are_the_batch(tmp_path, monkeypatch):
     assert all(abs(float(one[k]) - float(two[k])) < 1e-3 for k in ("losses/policy_loss", "losses/within_10_bins"))
 
 
+def test_what_is_learned_and_how_fast(tmp_path, monkeypatch):
+    """Demonstrations from the training's states, new ones every pass with --fresh-demos, in a new order; a falling rate, clipped gradients; greedy evaluation."""
+    made, rates, norms, states, step, reset = [], [], [], set(), torch.optim.AdamW.step, TabletopEnv.reset
+
+    def stepped(self):
+        rates.append([group["lr"] for group in self.param_groups])
+        norms.append(small.flat(p.grad for group in self.param_groups for p in group["params"]).norm())
+        return step(self)
+    monkeypatch.setattr(torch.optim, "AdamW", type("AdamW", (torch.optim.AdamW,), dict(step=stepped)))
+    monkeypatch.setattr(TabletopEnv, "reset", lambda self, **kw: states.update(kw["options"]["init_state"].tolist()) or reset(self, **kw))
+    score, seen = sft.VLA.score, []
+    monkeypatch.setattr(sft.VLA, "score", lambda self, image, text, tokens: seen.append(tokens[:, 0].tolist()) or score(self, image, text, tokens))
+    kw = dict(num_iterations=2, learning_rate=1e-3, tower_rate=.5, max_grad_norm=1e-3, micro_batch_size=4096)
+    train(tmp_path, monkeypatch, "run", **kw)
+    assert np.allclose(rates, [[1e-3, 5e-4], [5e-4, 2.5e-4]]) and max(norms) < 1.001e-3 and max(states) < 400
+    assert sorted(seen[0]) == sorted(seen[1]) and seen[0] != seen[1]
+    monkeypatch.setattr(sft, "windows", lambda demos, model: made.append(WINDOWS(demos, model)) or made[-1])
+    monkeypatch.setattr(sft, "evaluate", lambda env, model, split, n, temperature, *rest: made.append((split, temperature)) or small.no_evaluation(env, model, split, n))
+    sft.main(sft.Args(**{**FEW, **kw, "student": small.checkpoints(tmp_path)["student"], "run_dir": str(tmp_path / "fresh"), "fresh_demos": True}))
+    (_, _, first), (_, _, second), evaluation = made
+    assert evaluation == ("eval", 0.) and (first.shape != second.shape or not torch.equal(first, second))
+
+
 @small.two_devices
 def test_two_processes_log_the_loss_of_both(tmp_path, monkeypatch):
     """Each has half of the demonstrations, in one step; the loss is that of all of them."""
@@ -192,6 +216,8 @@ def test_two_processes_log_the_loss_of_both(tmp_path, monkeypatch):
     both, = csv.DictReader(open(tmp_path / "both" / "metrics.csv"))
     for k in ("losses/policy_loss", "losses/within_10_bins"):
         assert abs(float(both[k]) - float(alone[k])) < 1e-3 * float(alone[k]), k
+    a, b = (load_file(tmp_path / name / "checkpoint/optimizer.safetensors") for name in ("alone", "both"))
+    assert all((a[k] - b[k]).norm() <= 2e-2 * a[k].norm() + 1e-9 for k in a if k.endswith(("exp_avg", "momentum_buffer")))      # the gradient, too
     model, half = vla_opd.VLA.load(given["student"]), np.random.default_rng([1, 1]).permutation(len(target) // 2 * 2)[::2]
     with torch.no_grad():
         hits = (model.score(image[half], [text[i] for i in half], target[half]).argmax(-1) - target[half]).abs() <= 10
@@ -363,6 +389,15 @@ def test_evaluation_counts_the_right_episode(tmp_path, monkeypatch):
     for t in range(10):
         for i, s in enumerate((400, 401, 402)):
             assert (success[t, i], grasped[t, i], length[t, i]) == ((t + s) % 3 == 0, s == 401, 10 * t + s)
+
+
+@pytest.mark.parametrize("split", ["eval", "ood"])
+def test_the_split_asked_for_is_evaluated(tmp_path, monkeypatch, split):
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda env, model, split, n, temperature, *rest: seen.append(split) or small.no_evaluation(env, model, split, n))
+    evaluate.main(evaluate.Args(env="tabletop-repositioning", checkpoint=small.checkpoints(tmp_path)["student"], split=split, episodes_per_task=1, num_envs=1,
+                                device=small.DEVICE, run_dir=str(tmp_path / "run")))
+    assert set(seen) == {split}
 
 
 def test_processes_sample_apart(tmp_path, monkeypatch):
