@@ -520,11 +520,11 @@ def simulators():
                 lost = sum(limit * (r["charts/episodes"] - r["charts/success"]) for r in played) / sum(r["charts/env_steps"] for r in played)
                 yield f"- {name}: {100 * lost:.0f} % of the steps that were learned from belong to failures."
         yield ""
-    suite = "maniskill-two-robot-stack"
-    if (states := paired("opd-exact", "student", [suite])) is not None:                  # by the episodes: the student's own run ended with fewer
-        after, before = (100 * np.mean([*data.played(suite, k)[1].values()]) for k in ("opd-exact", "student"))
-        p = data.sign_flips(states)
-        claim(f"Distill is above its student ({suite})", "higher", f"{after:.1f} and {before:.1f}, {chance(p)}, paired; seeds 1, 1", None if p >= .05 else bool(after > before), 1)
+    for suite in ("maniskill-two-robot-pick", "maniskill-two-robot-stack"):
+        if (states := paired("opd-exact", "student", [suite])) is not None:                  # by the episodes: the student's own run ended with fewer
+            after, before = (100 * np.mean([*data.played(suite, k)[1].values()]) for k in ("opd-exact", "student"))
+            p = data.sign_flips(states)
+            claim(f"Distill is above its student ({suite})", "higher", f"{after:.1f} and {before:.1f}, {chance(p)}, paired; seeds 1, 1", None if p >= .05 else bool(after > before), 1)
     if data.others():
         yield "![Other simulators](simulators.png)\n"
     yield from rivals()
