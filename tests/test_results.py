@@ -131,6 +131,21 @@ def test_the_readme_quotes_the_runs_on_maniskill():
     assert f"# {data.spent(ppo)[1]:.0f} minutes; road_vla.py" in readme
 
 
+def test_the_readme_quotes_the_runs_with_two_arms():
+    """The last evaluation of every run it names, the pairs of episodes, the rollouts' best, the minutes."""
+    readme, best, minutes = " ".join((RESULTS.parent / "README.md").read_text().split()), [], []
+    for suite, runs in (("stack", ("base-1", "its-own-states-2", "recorded-demos-1")), ("pick", ("base-1", "its-own-states-1"))):
+        line, = re.findall(rf"\| `TwoRobot{suite.title()}Cube-v1`.*?\|(.*?)\| (.*?) \| (.*?) \|", readme)
+        ends = [data.parse(RESULTS / f"maniskill-two-robot-{suite}-{run}.csv")[-1] for run in runs]
+        assert re.findall(r"\d+ of \d+", line[0]) == [f"{r['charts/eval_success'] * data.size(r):.0f} of {data.size(r)}" for r in ends]
+        for said, kind in zip(line[1:], ("student", "opd-exact")):
+            won = [*data.played(f"maniskill-two-robot-{suite}", kind)[1].values()]
+            assert said == f"{sum(won):.0f} of {len(won)}"
+        rows = data.parse(RESULTS / f"maniskill-two-robot-{suite}-opd-exact-1.csv")
+        best.append(100 * max(r.get("charts/success_rate", 0) for r in rows)), minutes.append(data.spent(rows)[1])
+    assert f"at most {best[0]:.0f} and {best[1]:.0f} %" in readme and f"took {minutes[0]:.0f} and {minutes[1]:.0f} minutes" in readme
+
+
 def test_ppo_and_road_on_another_simulator(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
     for k in ("ppo", "road"):
