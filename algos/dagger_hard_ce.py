@@ -11,9 +11,9 @@ What matters, and why
  2. Autoregressive tokens are labelled after the student's own prefix.  An argmax says nothing of how sure the teacher is: where it hesitates, noise is the label.
  3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them (of all models).
  4. A rollout serves several optimiser steps (--updates-per-rollout).  The loss does not depend on how the states were sampled, so there is no ratio.
- 5. --loss-agg sum is the paper's: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq, as
+ 5. --loss-agg sum is that of VLA-OPD's Algorithm 1: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq, as
     RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
- 6. Learning rate, temperature and optimiser steps per rollout are not in the paper; the defaults suit the tiny model.  RLinf's 2e-6 is for training all
+ 6. Learning rate and temperature are not in the paper, optimiser steps per rollout are 1; the defaults suit the tiny model.  RLinf's 2e-6 is for training all
     weights.  Under LoRA an Adam step moves a weight by a tenth of the rate: the 1e-4 above is RL4VLA's for LoRA.
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings

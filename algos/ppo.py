@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 algos/ppo.py --env ENV --student 7B --lora-rank 32 --dtype bfloat16 --learning-rate 1e-4 --max-grad-norm 10 \\
         --adam-eps 1e-8 --updates-per-rollout 32 --eval-temperature 0.6 --micro-batch-size 8 --query-batch-size 32 --num-envs 8
 
-RL4VLA's PPO (gen-robot/RL4VLA), the baseline of ROAD-VLA.  Departures are marked (*).
+RL4VLA's PPO (gen-robot/RL4VLA), the baseline of ROAD-VLA (there: --max-grad-norm 1 --entropy-coefficient .01, cosine schedule).  Departures are marked (*).
 
 What matters, and why
  1. The value head reads the state of the last prompt token, which exists before any action token: a value costs no decoding.  Its gradient reaches the policy.
@@ -53,7 +53,7 @@ class Args:
     adam_eps: float = 1e-5  # AdamW's epsilon; at 7 B 1e-8, as SimpleVLA-RL and RL4VLA
     num_episodes: int = 64  # fixed-horizon episodes per iteration, over all processes
     temperature: float = 1.0  # of sampling, and of every probability
-    eval_temperature: float = 0.0  # of evaluation; 0 is greedy, RL4VLA samples at 0.6
+    eval_temperature: float = 0.0  # of evaluation; 0 is greedy, RL4VLA and ROAD-VLA sample at 0.6
     updates_per_rollout: int = 8  # optimiser steps per rollout, each on its own share of the queries
     gamma: float = 0.99  # discount a query
     gae_lambda: float = 0.95  # GAE's lambda

@@ -17,7 +17,7 @@ What matters, and why
     So an unsure policy hardly feels it (./benchmark.sh road-strength).  A w that knows nothing of the token does not cancel, as it does in PPO: it sharpens.
  4. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (0.5, entropy 0.01) reads as PPO + 0.5 of it: the default.
  5. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
- 6. The current critic is new (or --student's, if ppo.py made that).  The paper does not say; its critics agree on 90 % of the signs at first, as with --warm-critic.
+ 6. The current critic is new (or --student's, if ppo.py made that).  The paper's is "initially poorly calibrated", as a new one; 90 % of the signs agree, as with --warm-critic.
  7. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
@@ -57,7 +57,7 @@ class Args:
     adam_eps: float = 1e-5  # AdamW's epsilon; at 7 B 1e-8, as SimpleVLA-RL and RL4VLA
     num_episodes: int = 64  # fixed-horizon episodes per iteration, over all processes
     temperature: float = 1.0  # of sampling, and of every probability
-    eval_temperature: float = 0.0  # of evaluation; 0 is greedy, RL4VLA samples at 0.6
+    eval_temperature: float = 0.0  # of evaluation; 0 is greedy, RL4VLA and ROAD-VLA sample at 0.6
     updates_per_rollout: int = 8  # optimiser steps per rollout, each on its own share of the queries
     gamma: float = 0.99  # discount a query
     gae_lambda: float = 0.95  # GAE's lambda

@@ -3,11 +3,13 @@
     python algos/road_vla_text.py --env tabletop-repositioning --privileged-info rel-spatial
 
 The teacher is the policy itself, asked again at every state it visited, with what the simulator knows written behind the instruction; the student, which
-does not see that, follows JSD(teacher, student) (eq. 5) beside PPO's loss.  road_vla.py puts the advantage in the place of text.
+does not see that, follows JSD(teacher, student) (eq. 5; the paper's default is the KL, of text it does not say) beside PPO's loss (nor that: Table 4's 0.5 reads so).
+road_vla.py puts the advantage in the place of text.
 
 What matters, and why
  1. --privileged-info rel-spatial: where object and target are, seen from the gripper, now.  plan-rel-spatial: a plan of six steps before that.  mcts: the
-    action of the most similar transition among all successful rollouts so far, and its return (GAE's); no hint as long as there is none.
+    action of the most similar transition among all successful rollouts so far, and its return; no hint as long as there is none.  (Of a list, not the paper's
+    tree; what is similar, and the return, GAE's, are our choice.)
  2. The teacher is the policy that played the rollout, one pass without gradient before learning; its tokens are scored behind the student's own prefix.
  3. The tiny models' vocabulary has the words of the instructions only, so most of a hint is <unk> to them: they show the mechanism, not what text can do.
  4. Everything else is ppo.py, with ROAD-VLA's entropy bonus: see there.
@@ -50,7 +52,7 @@ class Args:
     adam_eps: float = 1e-5  # AdamW's epsilon; at 7 B 1e-8, as SimpleVLA-RL and RL4VLA
     num_episodes: int = 64  # fixed-horizon episodes per iteration, over all processes
     temperature: float = 1.0  # of sampling, and of every probability
-    eval_temperature: float = 0.0  # of evaluation; 0 is greedy, RL4VLA samples at 0.6
+    eval_temperature: float = 0.0  # of evaluation; 0 is greedy, RL4VLA and ROAD-VLA sample at 0.6
     updates_per_rollout: int = 8  # optimiser steps per rollout, each on its own share of the queries
     gamma: float = 0.99  # discount a query
     gae_lambda: float = 0.95  # GAE's lambda

@@ -5,7 +5,7 @@
         --adam-eps 1e-8 --micro-batch-size 8 --query-batch-size 32 --num-envs 64
 
 Algorithm 1 of VLA-OPD (irpn-lab.github.io/VLA-OPD): the student plays, the frozen teacher scores the very same tokens at the very same states, and the
-student follows the policy gradient of the reward r = log q(a|s) - log p(a|s), p the student, q the teacher; each token has its own r, no return.
+student follows the policy gradient of the reward r = log q(a|s) - log p(a|s), p the student, q the teacher; each token has its own r (there: each time step), no return.
 
 What matters, and why
  1. r is used raw: no baseline, no group mean, no whitening.  It is zero where the two agree; any normalisation would destroy that.
@@ -18,7 +18,7 @@ What matters, and why
     sampling noise, and it learns several times faster (results/).  The k3 estimator is no loss: its gradient is the forward KL's.
  6. --loss-agg sum is the paper's: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq, as
     RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
- 7. Learning rate, temperature and optimiser steps per rollout are not in the paper; the defaults suit the tiny model.  RLinf's 2e-6 is for training all
+ 7. Learning rate and temperature are not in the paper, optimiser steps per rollout are 1; the defaults suit the tiny model.  RLinf's 2e-6 is for training all
     weights.  Under LoRA an Adam step moves a weight by a tenth of the rate: the 1e-4 above is RL4VLA's for LoRA.
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings

@@ -1,5 +1,5 @@
 """LIBERO's four suites on PyPI's hf-libero: libero-spatial, -object, -goal, -long.  Options are part of the name: libero-object-all50 trains and evaluates
-on all 50 initial states as the papers do (otherwise 40 are for training, 10 for evaluation), -512 ends episodes after 512 steps as SimpleVLA-RL does (or any
+on all 50 initial states as SimpleVLA-RL does (otherwise 40 are for training, 10 for evaluation), -512 ends episodes after 512 steps as it does (or any
 other number), -tasks037 has these three tasks only, -nomsaa draws without anti-aliasing (faster; edges differ), -whole shows the
 whole picture, on which RLinf trained.  Scripted demonstrations: python -m envs.libero --demos libero-object DIR --per-task 5
 

@@ -12,6 +12,7 @@ from jobs import SIMULATORS
 FOLDER, used = Path(__file__).resolve().parent, set()    # the folder in use; the runs read since it was cleared
 SUITES = ("spatial", "object", "goal", "long")
 SHIFTS = ("unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose", "repositioning")
+VISUAL = SHIFTS[:3]
 MINIATURE = "libero-object-nomsaa"                        # where the README's distillation on LIBERO runs
 PHASES = ("rollout", "teacher", "reference", "advantages", "update", "demos")
 # Label, colour (Okabe and Ito's, told apart by colour-blind readers as well), line.
@@ -79,10 +80,10 @@ def there(algorithms, suites):
 
 
 def played(suite, algorithm, split="eval", key="success"):
-    """{seed: {(task, state): success}} of the evaluation's episodes."""
+    """{seed: {(task, state): success}} of the evaluation's episodes; or whether it was grasped; or lost: grasped, and no success."""
     found = find(FOLDER / "episodes", suite, algorithm, ".csv" if split == "eval" else "-ood.csv")
     used.update(p.stem.removesuffix("-ood") for p in found.values())
-    return {seed: {(r["task"], r["init_state"]): r[key] for r in parse(p)} for seed, p in found.items()}
+    return {seed: {(r["task"], r["init_state"]): float(r["grasped"] > r["success"]) if key == "lost" else r[key] for r in parse(p)} for seed, p in found.items()}
 
 
 def tasks(episodes):
@@ -105,28 +106,29 @@ def shipped(suite, algorithm, split):
     return {0: (float(r["success"]) / 100, int(r["episodes"])) for r in rows}
 
 
-def success(suite, algorithm, split="eval"):
-    """{seed: (success, episodes)} at the end: of the evaluation's episodes, else of the training's last evaluation."""
-    last = {seed: [r for r in rows if f"charts/{split}_success" in r][-1:] for seed, rows in read(suite, algorithm).items()}
-    tested = {seed: (rows[0][f"charts/{split}_success"], size(rows[0], split)) for seed, rows in last.items() if rows} | shipped(suite, algorithm, split)
-    return tested | {seed: (np.mean([*e.values()]), len(e)) for seed, e in played(suite, algorithm, split).items()}
+def success(suite, algorithm, split="eval", key="success"):
+    """{seed: (success, episodes)} at the end: of the evaluation's episodes, else of the training's last evaluation.  key: as in played()."""
+    last = {seed: [r for r in rows if f"charts/{split}_{key}" in r][-1:] for seed, rows in read(suite, algorithm).items()}
+    tested = {seed: (rows[0][f"charts/{split}_{key}"], size(rows[0], split)) for seed, rows in last.items() if rows}
+    tested |= shipped(suite, algorithm, split) if key == "success" else {}
+    return tested | {seed: (np.mean([*e.values()]), len(e)) for seed, e in played(suite, algorithm, split, key).items()}
 
 
-def seeds_of(algorithm, suites, split="eval"):
+def seeds_of(algorithm, suites, split="eval", key="success"):
     """The seeds that all of the suites have."""
-    return sorted(set.intersection(*(set(success(suite, algorithm, split)) for suite in suites)))
+    return sorted(set.intersection(*(set(success(suite, algorithm, split, key)) for suite in suites)))
 
 
-def ends(algorithm, suites, split="eval"):
+def ends(algorithm, suites, split="eval", key="success"):
     """Mean success over the suites of every seed that has them all, and the episodes of one seed."""
-    every, seeds = [success(suite, algorithm, split) for suite in suites], seeds_of(algorithm, suites, split)
+    every, seeds = [success(suite, algorithm, split, key) for suite in suites], seeds_of(algorithm, suites, split, key)
     return np.array([np.mean([e[s][0] for e in every]) for s in seeds]), sum(e[seeds[0]][1] for e in every) if seeds else 0
 
 
-def drawn(algorithm, suites, split="eval"):
+def drawn(algorithm, suites, split="eval", key="success"):
     """The same success, for differ(): of a checkpoint without seeds a number."""
-    x = ends(algorithm, suites, split)[0]
-    return x[0] if seeds_of(algorithm, suites, split) == [0] else x
+    x = ends(algorithm, suites, split, key)[0]
+    return x[0] if seeds_of(algorithm, suites, split, key) == [0] else x
 
 
 def curve(rows, key="charts/eval_success", x="steps"):
@@ -142,6 +144,17 @@ def curves(suite, algorithm, key="charts/eval_success", x="steps"):
 def last(suite, algorithm, key, i=-1):
     """The last (or i-th) value of every seed."""
     return np.array([c[1][i] for c in curves(suite, algorithm, key).values()])
+
+
+def falls(suite, algorithm):
+    """How far greedy success fell from one evaluation to the next, added up, of every seed."""
+    return np.array([np.maximum(0, -np.diff(c[1])).sum() for c in curves(suite, algorithm).values()])
+
+
+def valleys(suite, algorithm):
+    """How far success falls under the student's in the first three iterations: greedy, and of the training's rollouts (the first is the student's); a row a seed."""
+    both = zip(*(curves(suite, algorithm, key).values() for key in ("charts/eval_success", "charts/success_rate")))
+    return np.array([[max(0, y[0] - min(y[1:4], default=y[0])) for _, y in each] for each in both])
 
 
 def entropies(suite, algorithm):
@@ -209,9 +222,9 @@ def sign_flips(differences):
     return min(1., chances[abs(np.arange(len(chances)) - middle) >= abs(differences.sum())].sum())
 
 
-def paired(a, b, suites, split="eval"):
+def paired(a, b, suites, split="eval", key="success"):
     """For every initial state how much oftener a succeeds than b, each the mean over its seeds (times what makes that whole); None where episodes are missing."""
-    (one, n), (two, m) = (([played(suite, k, split) for suite in suites], seeds_of(k, suites, split)) for k in (a, b))
+    (one, n), (two, m) = (([played(suite, k, split, key) for suite in suites], seeds_of(k, suites, split, key)) for k in (a, b))
     if any(seed not in e for each, seeds in ((one, n), (two, m)) for e in each for seed in seeds):
         return None
     both = [(x, y, state) for x, y in zip(one, two) for state in sorted(set.intersection(*(set(e[s]) for e, seeds in ((x, n), (y, m)) for s in seeds)))] if n and m else []

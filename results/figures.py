@@ -149,6 +149,15 @@ def draw():
         [axis.tick_params(labelbottom=True) for axis in axes.flat[max(0, len(suites) - 4):len(suites)]]
         axes[-1][0].set_xlabel(STEPS), figure.supylabel("success, out of distribution", fontsize=8)
         save(figure, "road-fig2.png")
+        if visual := [suite for suite in suites if suite in data.VISUAL]:
+            figure, axes = panels(2, len(visual), 1.7, sharex=True, sharey=True)
+            for line, split, label in zip(axes, ("ood", "eval"), ("out of distribution", "in distribution")):
+                for axis, suite in zip(line, visual):
+                    for k in ("ppo", "road"):
+                        band(axis, suite, k, f"charts/{split}_grasped")
+                    axis.set(ylim=(0, 1), ylabel=f"grasped, {label}" if suite == visual[0] else "", xlabel=STEPS if split == "eval" else "")
+                    entitle(axis, suite)
+            save(figure, "road-fig5.png")
         figure, axes = panels(1, 3, 2.3)
         for k in ("ppo", "road"):
             band(axes[0][0], "repositioning", k, "losses/entropy", "iteration")

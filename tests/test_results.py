@@ -258,12 +258,12 @@ def test_pairs_are_of_the_same_state_and_of_the_seeds_that_are_shown(tmp_path, m
 @pytest.mark.parametrize("a,b,margin,verdict", [(.9, .5, 0, "holds"), (.5, .9, 0, "does not hold"), (.5, .51, 0, "not resolvable"),
                                                 (.9, .91, .05, "holds"), (.5, .9, .05, "does not hold"), (.5, .55, .05, "not resolvable")])
 def test_verdicts(monkeypatch, a, b, margin, verdict):
-    monkeypatch.setattr(report, "ends", lambda name, suites, split: (np.array([dict(a=a, b=b)[name]] * 3), 200))
-    monkeypatch.setattr(report, "drawn", lambda name, suites, split: np.array([dict(a=a, b=b)[name]] * 3))
+    monkeypatch.setattr(report, "ends", lambda name, suites, split, key: (np.array([dict(a=a, b=b)[name]] * 3), 200))
+    monkeypatch.setattr(report, "drawn", lambda name, suites, split, key: np.array([dict(a=a, b=b)[name]] * 3))
     monkeypatch.setattr(report, "paired", lambda *args: None)
     report.claims.clear()
     report.compare("a is above b", "a", "b", ["object"], margin=margin)
-    assert report.claims[0][-1] == verdict
+    assert report.claims[0][-1] == verdict and report.claims[0][0] == "paper"
 
 
 def test_every_seed_or_none():
@@ -280,6 +280,48 @@ def test_steps_add_up_and_costs_include_what_came_before(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "read", lambda suite, algorithm: runs[algorithm])
     assert data.whole("object", "opd-exact").tolist() == [500, 2]
     assert data.whole("object", "distill-grpo").tolist() == [600, 3] and data.whole("object", "road").tolist() == [507, 3]
+
+
+def test_falls_and_valleys_and_what_is_grasped_and_lost(tmp_path, monkeypatch):
+    """What falls of success are added up, what counts as an early dip, greedy and of the rollouts, and what is lost."""
+    greedy, sampled = (.5, .4, .6, .45, .2), (.5, .49, .3, .6)
+    rows = [{"step": i, "charts/eval_success": g, **({"charts/success_rate": sampled[i - 1], "charts/env_steps": 10} if i else {})} for i, g in enumerate(greedy)]
+    monkeypatch.setattr(data, "read", lambda suite, algorithm: {1: rows, 2: rows[:1] + [{**r, "charts/eval_success": .9} for r in rows[1:]]})
+    assert data.falls("object", "any") == pytest.approx([.1 + .15 + .25, 0])
+    assert data.valleys("object", "any") == pytest.approx(np.array([[.1, .2], [0, .2]]))     # .2 comes after the third iteration
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "episodes" / "tabletop-object-ppo-1.csv").write_text("task,init_state,success,grasped\n0,1,1,1\n0,2,0,1\n0,3,0,0\n0,4,0,1\n")
+    assert [data.ends("ppo", ["object"], key=key)[0].tolist() for key in ("success", "grasped", "lost")] == [[.25], [.75], [.5]]
+
+
+def test_a_smaller_loss_out_of_distribution(tmp_path, monkeypatch):
+    """By the states: PPO is better on 3 of ID and worse on 4 of OOD, 7 coins that all say the same."""
+    (tmp_path / "episodes").mkdir()
+    for k, wins in (("ppo", dict(eval=9, ood=2)), ("road", dict(eval=6, ood=6))):
+        shutil.copy(RESULTS / f"tabletop-repositioning-{k}-1.csv", tmp_path)
+        for split, tail in (("eval", ""), ("ood", "-ood")):
+            (tmp_path / "episodes" / f"tabletop-repositioning-{k}-1{tail}.csv").write_text(
+                "task,init_state,success,grasped\n" + "".join(f"0,{i},{i < wins[split]:d},1\n" for i in range(10)))
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    report.claims.clear()
+    [*report.road_table1()]
+    last = report.claims[-1]
+    assert last[1].startswith("ROAD loses less than PPO") and last[3:] == ("0.0 and 70.0, p = 0.016, paired; seeds 1, 1", "holds (one seed)")
+    report.claims.clear()
+    [*report.road_fig5()]                                # lost out of distribution: 8 and 4 of 10, four coins
+    assert report.claims[-1][3:] == ("80.0 and 40.0, p = 0.12, paired; seeds 1, 1", "not resolvable")
+
+
+def test_what_no_paper_says_is_not_among_the_papers_claims():
+    page = (RESULTS / "README.md").read_text()
+    papers, ours = re.split("\n## ", page.split("## The papers' claims, here")[1])[:2]
+    assert ours.startswith("Questions of our own")
+    for text in ("ends above sampled reverse KL", "in a third of its steps (object)", "160 iterations", "with such a critic", "with the distillation alone", "maniskill"):
+        assert text in ours and text not in papers, text
+    for text in ("in a third of its steps (long)", "ends above forward KL", "ROAD is above PPO out of distribution (7 of 7"):
+        assert text in papers and text not in ours, text
 
 
 def test_where_existing_runs_come_from():
