@@ -48,13 +48,13 @@ ALGORITHMS = {
     **{f"all-states-{k}": f"evaluate.py --checkpoint {{{k}}}/checkpoint --episodes-per-task 100" for k in ("opd-exact", "distill-grpo-slow")},
     "cost": "../results/cost.py", "gradients": "../results/gradients.py", "entropy": "../results/teacher.py"}
 TABLES = [                                               # table or figure, suites, algorithms, in the order of `full`, after seed and tabletop-object
-    ("opd-table2", SUITES, "student teacher opd-exact grpo distill-grpo sft-many"), ("opd-table2", ("object",), "distill-grpo-long distill-grpo-slow all-states-opd-exact all-states-distill-grpo-slow"),
+    ("opd-table2", SUITES, "student teacher opd-exact grpo distill-grpo sft-many opd-sampled"), ("opd-table2", ("object",), "distill-grpo-long distill-grpo-slow all-states-opd-exact all-states-distill-grpo-slow"),
     ("opd-fig2", ("object", "long"), "student teacher opd-exact grpo opd-sampled distill-grpo"),
     ("opd-fig4", ("object", "two-arm"), "opd-exact opd-sampled dagger-fkl dagger-ce"), ("opd-fig4", ("",), "entropy"),
     ("opd-fig4", ("object",), "plain-exact plain-sampled plain-fkl plain-ce fkl-fine sharp-exact sharp-sampled sharp-fkl sharp-ce"),
     ("opd-fig5", ("object",), "opd-exact opd-g2 opd-g4"),
     ("algorithms", ("object",), "student teacher opd-exact opd-sampled opd-g2 opd-g4 dagger-fkl dagger-ce grpo distill-grpo ppo road opd-rollout-reward make-teacher distill-grpo-slow"),
-    ("opd-table3", ("two-arm",), "student teacher opd-exact grpo distill-grpo"),
+    ("opd-table3", ("two-arm",), "student teacher opd-exact opd-sampled grpo distill-grpo"),
     ("opd-fig3", ("object", "goal", "spatial"), "base"), ("opd-fig3", ("object",), "student"),
     ("opd-fig3", ("goal", "spatial"), "forget-student forget-sft-many forget-grpo forget-opd-exact forget-distill-grpo"),
     *[(table, SHIFTS, "student ppo road") for table in ("road-table1", "road-fig2", "road-fig3", "road-fig5")],
