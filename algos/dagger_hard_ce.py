@@ -14,7 +14,7 @@ What matters, and why
  5. --loss-agg sum is that of VLA-OPD's Algorithm 1: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq, as
     RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
  6. Learning rate and temperature are not in the paper, optimiser steps per rollout are 1; the defaults suit the tiny model.  RLinf's 2e-6 is for training all
-    weights.  Under LoRA an Adam step moves a weight by a tenth of the rate: the 1e-4 above is RL4VLA's for LoRA.
+    weights.  Under a new LoRA an Adam step moves a weight by a tenth of the rate: the 1e-4 above is RL4VLA's for LoRA.
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
@@ -182,7 +182,7 @@ class VLA(nn.Module):
         load_in_4bit and trainable and not lora_rank and sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
         load_in_4bit and model.quantize(dtype)
         model.eval().to(device).compute = dtype
-        lora_rank and model.add_lora(LoraConfig(r=lora_rank, lora_alpha=16, lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
+        lora_rank and model.add_lora(LoraConfig(r=lora_rank, lora_alpha=min(lora_rank, 16), lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
                                                 base_model_name_or_path=str(folder.resolve() if Path(path).is_dir() else path)))
         return model if trainable else model.requires_grad_(False)
 
@@ -282,13 +282,13 @@ class VLA(nn.Module):
         return *(torch.cat(part, 1) for part in list(zip(*picked))[:2]), picked[0][2]
 
     def ranges(self):
-        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves)."""
+        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves).  As OpenVLA-OFT: two arms by the extremes."""
         stats, key = self.config.get("norm_stats"), self.config.get("unnorm_key")
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
         key in stats or sys.exit(f"action statistics {sorted(stats)}, no {key!r}: set unnorm_key in the checkpoint's config.json, or put a dataset_statistics.json beside it")
-        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
+        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in (("min", "max") if self.action_dim == 14 else ("q01", "q99"))], [[-1.], [1.]])
 
     def actions(self, tokens):
         """Tokens [B, K] -> actions [B, chunk, dim] in the robot's units.  A higher token is a lower value; 256 edges make 255 centres."""

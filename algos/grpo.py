@@ -5,12 +5,12 @@
     torchrun --nproc-per-node 8 algos/grpo.py --env ENV --student 7B --lora-rank 32 --dtype bfloat16 --learning-rate 1e-4 --temperature 1.6 --updates-per-rollout 4 \\
         --adam-eps 1e-8 --micro-batch-size 8 --query-batch-size 32 --num-envs 64
 
-SimpleVLA-RL's GRPO: G trajectories of the same prompt, reward 1 for success, the advantage is the reward relative to the group's.  Departures: (*).
+SimpleVLA-RL's GRPO: G trajectories of the same prompt, reward 1 for success (there 5, which cancels), the advantage is the reward relative to the group's.  Departures: (*).
 
 What matters, and why
  1. A = (R - group mean) / (group std + 1e-6), unbiased std, the same on every token of a trajectory.  No KL to a reference, no entropy bonus, no critic.
- 2. Dynamic sampling: groups with a success rate outside [--keep-low, --keep-high] are replaced by new prompts; all-equal ones teach nothing, A = 0.  (*) In
-    --max-rollouts rollouts at most, then it learns from what there is; kept and dropped groups are logged.  (RLinf drops without replacing, and averages over all.)
+ 2. Dynamic sampling: groups with a success rate outside [--keep-low, --keep-high] are replaced by new prompts; all-equal ones teach nothing, A = 0.  (*) As
+    many as are missing (there: a whole batch, the surplus kept), in --max-rollouts rollouts at most; kept and dropped groups are logged.  (RLinf drops without replacing, and averages over all.)
  3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them (of all models).
  4. Clip-higher: a token's ratio p/p_old may rise by 0.28 but fall by 0.2 only, so that rare tokens can grow.
  5. --loss-agg seq: the mean over an optimiser step's trajectories of the mean over a trajectory's tokens; token: the mean over all tokens.
@@ -188,7 +188,7 @@ class VLA(nn.Module):
         load_in_4bit and trainable and not lora_rank and sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
         load_in_4bit and model.quantize(dtype)
         model.eval().to(device).compute = dtype
-        lora_rank and model.add_lora(LoraConfig(r=lora_rank, lora_alpha=16, lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
+        lora_rank and model.add_lora(LoraConfig(r=lora_rank, lora_alpha=min(lora_rank, 16), lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
                                                 base_model_name_or_path=str(folder.resolve() if Path(path).is_dir() else path)))
         return model if trainable else model.requires_grad_(False)
 
@@ -288,13 +288,13 @@ class VLA(nn.Module):
         return *(torch.cat(part, 1) for part in list(zip(*picked))[:2]), picked[0][2]
 
     def ranges(self):
-        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves)."""
+        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves).  As OpenVLA-OFT: two arms by the extremes."""
         stats, key = self.config.get("norm_stats"), self.config.get("unnorm_key")
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
         key in stats or sys.exit(f"action statistics {sorted(stats)}, no {key!r}: set unnorm_key in the checkpoint's config.json, or put a dataset_statistics.json beside it")
-        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
+        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in (("min", "max") if self.action_dim == 14 else ("q01", "q99"))], [[-1.], [1.]])
 
     def actions(self, tokens):
         """Tokens [B, K] -> actions [B, chunk, dim] in the robot's units.  A higher token is a lower value; 256 edges make 255 centres."""

@@ -10,12 +10,15 @@ What matters, and why
  1. The value head reads the state of the last prompt token, which exists before any action token: a value costs no decoding.  Its gradient reaches the policy.
  2. One ratio an action, the product over the action's tokens (--ratio action); --ratio token takes each token's.  RL4VLA's buffer copies the action's
     log-probability once a token and sums over the copies, which multiplies the policy loss, not the value loss, by 7.  (*) Here it counts once.
- 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them.  (*) RL4VLA stores them in bfloat16.
+ 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them.  (*) RL4VLA rounds the old ones to bfloat16
+    in the ratio, old values, returns and advantages too.
  4. Episodes have a fixed horizon: success does not end them.  The reward is the change of 0.1 grasped + 0.1 held for 5 steps + 1 (goal holds, and grasped).
  5. GAE(.99, .95) over queries, a chunk being one step; the end of the horizon is worth 0.  (*) RLinf adds the value of the last state there.
  6. Advantages are normalised once over the whole rollout (population std, eps 1e-5), not per minibatch.
  7. Value loss: the larger of two Huber losses (delta 10), of the value and of the value clipped to .2 around the rollout's.  Coefficient 1.
  8. (*) A query of a chunk policy has several actions: each has its own ratio, all have the query's advantage; actions behind the horizon count 0.
+ 9. (*) The value head's hidden layers start as torch's; RL4VLA's are kaiming-normal (fan out), 7 and 5 times larger at 7 B.
+10. (*) Evaluation has initial states of its own, RL4VLA draws them as in training.  A new LoRA, without the patch embedding; RL4VLA's goes on with its warm-up's.
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
@@ -188,7 +191,7 @@ class VLA(nn.Module):
         load_in_4bit and trainable and not lora_rank and sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
         load_in_4bit and model.quantize(dtype)
         model.eval().to(device).compute = dtype
-        lora_rank and model.add_lora(LoraConfig(r=lora_rank, lora_alpha=16, lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
+        lora_rank and model.add_lora(LoraConfig(r=lora_rank, lora_alpha=min(lora_rank, 16), lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
                                                 base_model_name_or_path=str(folder.resolve() if Path(path).is_dir() else path)))
         return model if trainable else model.requires_grad_(False)
 
@@ -288,13 +291,13 @@ class VLA(nn.Module):
         return *(torch.cat(part, 1) for part in list(zip(*picked))[:2]), picked[0][2]
 
     def ranges(self):
-        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves)."""
+        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves).  As OpenVLA-OFT: two arms by the extremes."""
         stats, key = self.config.get("norm_stats"), self.config.get("unnorm_key")
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
         key in stats or sys.exit(f"action statistics {sorted(stats)}, no {key!r}: set unnorm_key in the checkpoint's config.json, or put a dataset_statistics.json beside it")
-        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
+        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in (("min", "max") if self.action_dim == 14 else ("q01", "q99"))], [[-1.], [1.]])
 
     def actions(self, tokens):
         """Tokens [B, K] -> actions [B, chunk, dim] in the robot's units.  A higher token is a lower value; 256 edges make 255 centres."""

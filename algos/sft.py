@@ -64,7 +64,7 @@ class Args:
     demo_policy: str = ""  # a checkpoint that plays, sampled, in between; the expert finds back from where it went (DAgger's states)
     learning_rate: float = 1e-3  # AdamW's, falling to 0; Muon's is ten times it
     num_iterations: int = 30  # passes over the demonstrations
-    smoothing: float = 6.0  # labels are Gaussians of this many bins; 0: one bin, as OpenVLA is trained
+    smoothing: float = 6.0  # labels are Gaussians of this many bins; 0: one bin, as OpenVLA's
     decoding: Literal["parallel", "autoregressive"] = "parallel"  # of a new tiny model
     pretrain_tower: int = 0  # steps of teaching a new tiny model's tower where things are
     tower_rate: float = 1.0  # the towers' part of the learning rate; below 1 a pretrained tower keeps longer what it was taught
@@ -196,7 +196,7 @@ class VLA(nn.Module):
         load_in_4bit and trainable and not lora_rank and sys.exit("--load-in-4bit freezes the model: train adapters with --lora-rank 32")
         load_in_4bit and model.quantize(dtype)
         model.eval().to(device).compute = dtype
-        lora_rank and model.add_lora(LoraConfig(r=lora_rank, lora_alpha=16, lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
+        lora_rank and model.add_lora(LoraConfig(r=lora_rank, lora_alpha=min(lora_rank, 16), lora_dropout=0., init_lora_weights="gaussian", target_modules="all-linear",
                                                 base_model_name_or_path=str(folder.resolve() if Path(path).is_dir() else path)))
         return model if trainable else model.requires_grad_(False)
 
@@ -296,13 +296,13 @@ class VLA(nn.Module):
         return *(torch.cat(part, 1) for part in list(zip(*picked))[:2]), picked[0][2]
 
     def ranges(self):
-        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves)."""
+        """What -1 and 1 mean in the robot's units, per action dimension (where mask is False, grippers: themselves).  As OpenVLA-OFT: two arms by the extremes."""
         stats, key = self.config.get("norm_stats"), self.config.get("unnorm_key")
         if not stats:
             return np.full((2, self.action_dim), [[-1.], [1.]])
         key = next(iter(stats)) if key is None and len(stats) == 1 else key if key in stats else f"{key}_no_noops"
         key in stats or sys.exit(f"action statistics {sorted(stats)}, no {key!r}: set unnorm_key in the checkpoint's config.json, or put a dataset_statistics.json beside it")
-        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in ("q01", "q99")], [[-1.], [1.]])
+        return np.where(stats[key]["action"].get("mask", True), [stats[key]["action"][q] for q in (("min", "max") if self.action_dim == 14 else ("q01", "q99"))], [[-1.], [1.]])
 
     def actions(self, tokens):
         """Tokens [B, K] -> actions [B, chunk, dim] in the robot's units.  A higher token is a lower value; 256 edges make 255 centres."""
@@ -553,7 +553,7 @@ def read_hdf5(folder, demos_per_task, whole=False):
                 clean = demo["clean"][:] if "clean" in demo else np.ones(len(actions), bool)
                 points, more = demo["obs"].get("keypoints", np.zeros((len(actions), 0, 2))), getattr(demo["obs"].get("keypoints"), "attrs", {})
                 grip = np.arange(actions.shape[1]) % 7 == 6                              # of one arm or of two
-                moving = (np.abs(actions[:, ~grip]) > 1e-4).any(1) | (np.diff(actions[:, grip], axis=0, prepend=actions[:1, grip]) != 0).any(1)      # OpenVLA drops no-ops
+                moving = (np.abs(actions[:, ~grip]) > 1e-4).any(1) | (np.diff(actions[:, grip], axis=0, prepend=actions[:1, grip]) != 0).any(1)      # OpenVLA drops no-ops, too (and replays the rest)
                 images, actions, clean = images[moving], actions[moving], clean[moving]
                 if upside_down:                          # what envs/libero.py shows, and what the published checkpoints say: 0 closes, 1 opens
                     images, actions[:, 6] = np.stack([picture(image, whole) for image in images]), gripper(actions[:, 6])

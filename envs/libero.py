@@ -3,7 +3,8 @@ on all 50 initial states as SimpleVLA-RL does (otherwise 40 are for training, 10
 other number), -tasks037 has these three tasks only, -nomsaa draws without anti-aliasing (faster; edges differ), -whole shows the
 whole picture, on which RLinf trained.  Scripted demonstrations: python -m envs.libero --demos libero-object DIR --per-task 5
 
-Protocol of OpenVLA-OFT and SimpleVLA-RL: seed 0, reset, initial state, 10 steps of nothing, then open-loop chunks; the agentview camera at 256 pixels.
+Protocol of SimpleVLA-RL: seed 0, reset, initial state, 10 steps of nothing, then open-loop chunks; the agentview camera at 256 pixels.  (OpenVLA-OFT seeds
+once a task, so its furniture is drawn anew in every episode.  RLinf waits 15 steps, the gripper at 0, and evaluates sampled, at temperature 1.6.)
 Actions are the published checkpoints': the last number is 0 to close the gripper, 1 to open it.  LIBERO's own 1 and -1 exist behind `protocol` alone.
 
 Every environment is a process.  It runs a whole chunk, then draws what the stock camera saw last: states and frames are the stock ones to the bit.

@@ -206,7 +206,7 @@ def wilson(p, n, z=1.96):
 
 def iqm(x, repeats=2000):
     """Interquartile mean of success [seeds, tasks] and its 95 % interval by a bootstrap that draws seeds anew within every task.  The library for this is
-    rliable; it is kept up, but brings arch, pandas, scipy, seaborn and statsmodels for these lines.  tests/test_results.py does it the long way."""
+    rliable; it brings arch, pandas, scipy, seaborn and statsmodels for these lines.  tests/test_results.py does it the long way."""
     cut = x.size // 4
     middle = lambda v: np.sort(v.reshape(len(v), -1))[:, cut:x.size - cut].mean(1)
     drawn = np.take_along_axis(x[None], np.random.default_rng(0).integers(len(x), size=(repeats, *x.shape)), 1)

@@ -78,7 +78,7 @@ SMALL |= dict(grpo="--num-iterations 3 --batch-prompts 16 --eval-episodes-per-ta
 # What a real simulator runs; robotwin with the ablation of objectives.
 REAL = dict(libero="opd-exact grpo", rl4vla="ppo road", maniskill="ppo road", robotwin="opd-exact opd-sampled dagger-fkl dagger-ce grpo")
 DISTILS = ("vla_opd", "dagger_forward_kl", "dagger_hard_ce")
-# What a 7B model needs (the torchrun lines of the scripts).
+# What a 7B model needs (the torchrun lines of the scripts; PPO's gradient clipping is ROAD-VLA's).
 BIG = dict.fromkeys((*DISTILS, "grpo", "ppo", "road_vla"), "--lora-rank 32 --dtype bfloat16 --adam-eps 1e-8 --micro-batch-size 8 --query-batch-size 32 --num-envs 64")
 BIG |= {k: f"{BIG[k]} --group-size 2 --learning-rate 1e-4 --temperature 1.6" for k in DISTILS}
 BIG |= dict(evaluate="--dtype bfloat16 --query-batch-size 32 --num-envs 64",

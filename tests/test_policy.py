@@ -287,6 +287,14 @@ def test_tokens_and_actions_are_inverse(stats, tiny):
             model.actions(tokens)
 
 
+@pytest.mark.parametrize("dim,low,high", [(7, "q01", "q99"), (14, "min", "max")])
+def test_two_arms_are_scaled_by_the_extremes(dim, low, high, tiny):
+    """OpenVLA-OFT's constants: BOUNDS_Q99 for LIBERO and Bridge, BOUNDS for ALOHA's (and RoboTwin's) two arms."""
+    stats = dict(min=[-5.] * dim, q01=[-2.] * dim, q99=[3.] * dim, max=[6.] * dim, mask=[True] * (dim - 1) + [False])
+    want = [[*stats[low][:-1], -1], [*stats[high][:-1], 1]]
+    assert np.array_equal(tiny(action_dim=dim, norm_stats={"x": dict(action=stats)}).ranges(), want)
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_save_and_load(tmp_path, dtype, tiny):
@@ -309,6 +317,8 @@ def test_lora(tmp_path, decoding, tiny):
     base = tiny(decoding)
     base.save(tmp_path / "base")
     model = VLA.load(tmp_path / "base", lora_rank=4)
+    scale = lambda rank: VLA.load(tmp_path / "base", lora_rank=rank).projector["fc1"].scaling["default"]
+    assert [scale(rank) for rank in (8, 16, 32)] == [1, 1, .5]                           # alpha is min(rank, 16), as OpenVLA's and RL4VLA's
     images, texts = batch(model)
     tokens, _, _ = model.act(images, texts, 1.)
     with torch.no_grad():
