@@ -33,7 +33,7 @@ class Args:
     seed: int = 1  # seed of everything random
     num_envs: int = 512  # environments played side by side, in every process
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
-    query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
+    query_batch_size: int = 512  # queries per pass without gradient (acting, labelling); another number samples other actions
     max_grad_norm: float = 1.0  # gradient clipping
     lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank); a teacher stays in --dtype
@@ -329,7 +329,7 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames, result = torch.Generator(model.device).manual_seed(seed + (rank << 32)), [] if video else None, np.zeros((3, len(task)))
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed + 1_000_003 * rank), [] if video else None, np.zeros((3, len(task)))
     if rank < len(task):
         played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
         result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
@@ -370,8 +370,8 @@ class Run:
         if args.track:
             find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
             import wandb
-            wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.dir))
+            wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True, resume="auto")
+        self.writer = SummaryWriter(str(self.dir), purge_step=json.loads((self.checkpoint / "progress.json").read_text())["step"] + 1 if args.resume else None)
 
     def log(self, step, metrics):
         self.rows.append(dict(step=step, **metrics))

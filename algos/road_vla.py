@@ -17,7 +17,7 @@ What matters, and why
     So an unsure policy hardly feels it (./benchmark.sh road-strength).  A w that knows nothing of the token does not cancel, as it does in PPO: it sharpens.
  4. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (0.5, entropy 0.01) reads as PPO + 0.5 of it: the default.
  5. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
- 6. The current critic is new (or --student's, if ppo.py made that).  The paper's is "initially poorly calibrated", as a new one; 90 % of the signs agree, as with --warm-critic.
+ 6. The current critic is new (or --student's, a folder of ppo.py's).  The paper's is "initially poorly calibrated", as a new one; 90 % of the signs agree, as with --warm-critic.
  7. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
@@ -37,7 +37,7 @@ class Args:
     seed: int = 1  # seed of everything random
     num_envs: int = 512  # environments played side by side, in every process
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
-    query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
+    query_batch_size: int = 512  # queries per pass without gradient (acting, labelling); another number samples other actions
     max_grad_norm: float = 1.0  # gradient clipping
     lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank); a teacher stays in --dtype
@@ -348,7 +348,7 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames, result = torch.Generator(model.device).manual_seed(seed + (rank << 32)), [] if video else None, np.zeros((3, len(task)))
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed + 1_000_003 * rank), [] if video else None, np.zeros((3, len(task)))
     if rank < len(task):
         played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
         result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
@@ -389,8 +389,8 @@ class Run:
         if args.track:
             find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
             import wandb
-            wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.dir))
+            wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True, resume="auto")
+        self.writer = SummaryWriter(str(self.dir), purge_step=json.loads((self.checkpoint / "progress.json").read_text())["step"] + 1 if args.resume else None)
 
     def log(self, step, metrics):
         self.rows.append(dict(step=step, **metrics))
@@ -547,7 +547,8 @@ def main(args):
     policy, reference = model.policy, ActorCritic(str(source / "checkpoint"), args, device, trainable=False).requires_grad_(False)
     frozen = {k: p for k, p in policy.named_parameters() if not p.requires_grad}         # under LoRA the base; the reference's is the same: kept once
     [setattr(p, "data", frozen[k].data) for k, p in reference.policy.named_parameters() if k in frozen and torch.equal(p, frozen[k])]
-    policy.image == reference.policy.image or sys.exit(f"{source} sees {reference.policy.image} pixels, the student {policy.image}: --reference must come from it")
+    ours, theirs = vars(args) | vars(policy), asked | vars(reference.policy)
+    [sys.exit(f"{source} has {k} {theirs[k]}, not {ours[k]}: --reference must be of the same") for k in ("env", "gamma", "image", "chunk") if ours[k] != theirs[k]]
     args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)) and sys.exit(f"--updates-per-rollout: at most a rollout's {queries} queries")
     args.warm_critic and not args.resume and model.value.load_state_dict(reference.value.state_dict())
     args.compile and (policy.compile(), reference.policy.compile())
@@ -563,8 +564,7 @@ def main(args):
     def test(video=None):
         env.fixed_horizon, metrics = False, {}
         for split in [k for k in ("eval", "ood") if k in env.suite.splits]:
-            success, grasped, _ = evaluate(env, policy, split, args.eval_episodes_per_task, args.eval_temperature, args.query_batch_size, args.seed, rank, world,
-                                           video if split == "eval" else None)
+            success, grasped, _ = evaluate(env, policy, split, args.eval_episodes_per_task, args.eval_temperature, args.query_batch_size, args.seed, rank, world, {"eval": video}.get(split))
             metrics |= {f"charts/{split}_{k}": v for k, v in zip(("success", "low", "high", "grasped"), (success.mean(), *wilson(success), grasped.mean()))}
         return metrics
 

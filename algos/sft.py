@@ -43,7 +43,7 @@ class Args:
     seed: int = 1  # seed of everything random
     num_envs: int = 512  # environments played side by side, in every process
     micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
-    query_batch_size: int = 512  # queries per pass without gradient (acting, labelling)
+    query_batch_size: int = 512  # queries per pass without gradient (acting, labelling); another number samples other actions
     max_grad_norm: float = 1.0  # gradient clipping
     lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
     load_in_4bit: bool = False  # keep the frozen language model in 4 bits (bitsandbytes nf4; needs --lora-rank); a teacher stays in --dtype
@@ -343,7 +343,7 @@ def evaluate(env, model, split, episodes_per_task, temperature, batch_size, seed
     """Success, grasped, length [3, tasks, episodes] on the first initial states of the split, shared out among the processes."""
     tasks, states = len(env.suite.tasks), env.suite.splits[split][:episodes_per_task]
     task, state = np.repeat(np.arange(tasks), len(states)), np.tile(states, tasks)
-    generator, frames, result = torch.Generator(model.device).manual_seed(seed + (rank << 32)), [] if video else None, np.zeros((3, len(task)))
+    generator, frames, result = torch.Generator(model.device).manual_seed(seed + 1_000_003 * rank), [] if video else None, np.zeros((3, len(task)))
     if rank < len(task):
         played = rollout(env, model, task[rank::world], state[rank::world], split, temperature, batch_size, generator, frames)
         result[:, rank::world] = [played[k] for k in ("success", "grasped", "length")]
@@ -384,8 +384,8 @@ class Run:
         if args.track:
             find_spec("wandb") or sys.exit("--track needs wandb: pip install wandb")
             import wandb
-            wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.dir))
+            wandb.init(project="vla-post-training", name=self.dir.name, dir=str(self.dir), config=asdict(args), sync_tensorboard=True, resume="auto")
+        self.writer = SummaryWriter(str(self.dir), purge_step=json.loads((self.checkpoint / "progress.json").read_text())["step"] + 1 if args.resume else None)
 
     def log(self, step, metrics):
         self.rows.append(dict(step=step, **metrics))
@@ -553,7 +553,7 @@ def read_hdf5(folder, demos_per_task, whole=False):
                 clean = demo["clean"][:] if "clean" in demo else np.ones(len(actions), bool)
                 points, more = demo["obs"].get("keypoints", np.zeros((len(actions), 0, 2))), getattr(demo["obs"].get("keypoints"), "attrs", {})
                 grip = np.arange(actions.shape[1]) % 7 == 6                              # of one arm or of two
-                moving = (np.abs(actions[:, ~grip]) > 1e-4).any(1) | (np.diff(actions[:, grip], axis=0, prepend=actions[:1, grip]) != 0).any(1)      # OpenVLA drops no-ops, too (and replays the rest)
+                moving = (np.abs(actions[:, ~grip]) > 1e-4).any(1) | (np.diff(actions[:, grip], axis=0, prepend=actions[:1, grip]) != 0).any(1)      # OpenVLA drops no-ops
                 images, actions, clean = images[moving], actions[moving], clean[moving]
                 if upside_down:                          # what envs/libero.py shows, and what the published checkpoints say: 0 closes, 1 opens
                     images, actions[:, 6] = np.stack([picture(image, whole) for image in images]), gripper(actions[:, 6])
@@ -626,7 +626,8 @@ def follow_recipe(args):
     recipe = dict(env=suite, run_dir=f"runs/make-{args.make}-{args.seed}") | RECIPES.get(args.make.removeprefix("tabletop-"), RECIPES[role])
     if "student" in recipe:
         recipe["student"] = os.path.relpath(envs.checkpoint("tabletop", recipe["student"]))
-    return replace(args, **recipe, resume=(Path(recipe["run_dir"]) / "checkpoint").exists()), Path(envs.__file__).parents[1] / "checkpoints" / args.make
+    begun = any((Path(recipe["run_dir"]) / k).exists() for k in ("checkpoint", "checkpoint.old"))
+    return replace(args, **recipe, resume=begun), Path(envs.__file__).parents[1] / "checkpoints" / args.make
 
 def main(args):
     if args.make:
@@ -644,6 +645,7 @@ def main(args):
     intruder = VLA.load(args.demo_policy, device, getattr(torch, args.dtype), trainable=False) if args.demo_policy else None
     if args.save_demos:
         find_spec("h5py") or sys.exit("--save-demos needs h5py: pip install h5py")       # before anything is played
+        world > 1 and sys.exit("--save-demos plays in one process: leave torchrun out")
         for e in suite_envs:
             demos = play_expert(e, args.demos_per_task, args.demo_noise, rng, intruder, args.query_batch_size, hasattr(e, "keypoints"))
             write_hdf5(demos, args.save_demos, f"{e.suite.name.replace(':', '-')}-{args.seed}")

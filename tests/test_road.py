@@ -289,8 +289,12 @@ def test_missing_reference_says_how_to_make_it(tmp_path, monkeypatch):
                                       "--updates-per-rollout=1", f"--student={critics.checkpoint(tmp_path, seed=1)}"]))
     assert float(critics.rows(critics.play(road_vla, tmp_path, "run", seed=3, num_iterations=1))[0]["charts/reference_env_steps"]) == 16
     small.model(image=32).save(tmp_path / "student32")
-    with pytest.raises(SystemExit, match="sees 64 pixels, the student 32: --reference must come from it"):
+    with pytest.raises(SystemExit, match="ppo-3 has image 64, not 32: --reference must be of the same"):
         critics.play(road_vla, tmp_path, "smaller", seed=3, student=str(tmp_path / "student32"))
+    with pytest.raises(SystemExit, match="ppo-3 has gamma 0.99, not 0.9:"):
+        critics.play(road_vla, tmp_path, "sooner", seed=3, gamma=.9)
+    with pytest.raises(SystemExit, match="ppo-3 has env tabletop-object, not tabletop-goal:"):
+        critics.play(road_vla, tmp_path, "elsewhere", env="tabletop-goal", reference="runs/tabletop-object-ppo-3")
     with pytest.raises(SystemExit, match="ppo.py --env tabletop-object --student mine --seed 5"):
         critics.play(road_vla, tmp_path, "other", seed=5, student="mine")
     (tmp_path / "empty").mkdir()

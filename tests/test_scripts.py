@@ -271,7 +271,11 @@ def test_resume_refuses_other_flags(tmp_path, monkeypatch):
 def test_killed_while_saving(tmp_path, monkeypatch, left):
     """Whatever step of save() it died at: the leftovers do not matter."""
     monkeypatch.setattr(vla_opd, "evaluate", small.no_evaluation)
-    run = opd(tmp_path, "run", num_iterations=1)
+    run, save = opd(tmp_path, "run", num_iterations=1), vla_opd.Run.save
+    monkeypatch.setattr(vla_opd.Run, "save", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):               # logged, not saved: played again, and on the board once
+        opd(tmp_path, "run", resume=True)
+    monkeypatch.setattr(vla_opd.Run, "save", save)
     if left == "checkpoint.old":                         # between the renames: only the old one is there
         (run / "checkpoint").rename(run / left)
         opd(tmp_path, "run", resume=True)
@@ -279,6 +283,8 @@ def test_killed_while_saving(tmp_path, monkeypatch, left):
     opd(tmp_path, "run", num_iterations=3, resume=True)
     assert json.loads((run / "checkpoint/progress.json").read_text())["step"] == 3
     assert [p.name for p in run.glob("checkpoint*")] == ["checkpoint"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert [e.step for e in EventAccumulator(str(run)).Reload().Scalars("losses/entropy")] == [1, 2, 3]
 
 
 FULL = [OSError(errno.ENOSPC, "No space left on device"),

@@ -96,12 +96,15 @@ def test_read_hdf5(tmp_path):
 
 
 @pytest.mark.parametrize("env_id", ["tabletop-object", "tabletop-two-arm"])
-def test_saved_demonstrations_are_the_played_ones(tmp_path, env_id):
+def test_saved_demonstrations_are_the_played_ones(tmp_path, monkeypatch, env_id):
     """--save-demos writes what --data reads: all but the frames in which no arm does anything, and keypoints that the tower can learn from."""
     pytest.importorskip("h5py")
     args = sft.Args(env=env_id, num_envs=4, demos_per_task=1, demo_noise=.5, save_demos=str(tmp_path / "demos"), run_dir=str(tmp_path / "run"))
     sft.main(args)
     assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="leave torchrun out"):
+        patch.setattr(sft, "setup", lambda args: (1, 2, torch.device("cpu")))            # two would write one file
+        sft.main(args)
     made = envs.make(env_id, 4, args.seed)
     played = sft.play_expert(made, 1, .5, np.random.default_rng(args.seed), keypoints=True)
     read = {text: (image, action, clean, points) for image, action, clean, text, points in sft.read_hdf5(tmp_path / "demos", 9)}
@@ -372,8 +375,12 @@ def test_evaluation_is_repeatable(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name,start", [("tabletop-object-student", "tabletop-base"), ("tabletop-two-arm-base", "tabletop-base"),
                                         ("tabletop-two-arm-student", "tabletop-two-arm-base"), ("tabletop-two-arm-teacher", "tabletop-two-arm-base")])
-def test_recipes_start_from_one_base(name, start):
+def test_recipes_start_from_one_base(tmp_path, monkeypatch, name, start):
+    monkeypatch.chdir(tmp_path)
     args, shipped = sft.follow_recipe(sft.Args(make=name, seed=3))
+    for killed, resume in (("checkpoint.tmp", False), ("checkpoint.old", True), ("checkpoint", True)):       # while saving the first, between two renames, after
+        (tmp_path / args.run_dir / killed).mkdir(parents=True)
+        assert sft.follow_recipe(sft.Args(make=name, seed=3))[0].resume == resume
     assert args.student.endswith(f"checkpoints/{start}") and shipped.name == name and name.startswith(args.env) and args.run_dir == f"runs/make-{name}-3"
 
 
@@ -403,8 +410,8 @@ def test_the_split_asked_for_is_evaluated(tmp_path, monkeypatch, split):
 def test_processes_sample_apart(tmp_path, monkeypatch):
     """Every process of a sampled evaluation has random numbers of its own; one alone has those of the seed."""
     env, seeds = envs.make("tabletop-object", 8, 1), []
-    played = lambda *a: seeds.append(a[7].initial_seed()) or {k: np.zeros(len(a[2])) for k in ("success", "grasped", "length")}
+    played = lambda *a: seeds.append(torch.rand(4, generator=a[7]).tolist()) or {k: np.zeros(len(a[2])) for k in ("success", "grasped", "length")}
     monkeypatch.setattr(evaluate, "rollout", played), monkeypatch.setattr(evaluate, "all_sum", lambda x, world: x)
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         evaluate.evaluate(env, small.model(), "eval", 2, .6, 8, 5, rank, world)
-    assert seeds[0] == seeds[1] == 5 != seeds[2]
+    assert seeds[0] == seeds[1] == torch.rand(4, generator=torch.Generator(small.DEVICE).manual_seed(5), device=small.DEVICE).tolist() != seeds[2]
