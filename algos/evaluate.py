@@ -352,7 +352,7 @@ def main(args):
         video = folder / "eval.gif" if args.video and mode == "greedy" else None
         played = evaluate(env, model, args.split, args.episodes_per_task, temperature, args.query_batch_size, args.seed, rank, world, video)
         for t, text in enumerate(env.suite.tasks):
-            rows += [dict(mode=mode, task=t, instruction=text, init_state=s, success=int(played[0, t, i]), grasped=int(played[1, t, i]),
+            rows += [dict(mode=mode, task=t, name=text, init_state=s, success=int(played[0, t, i]), grasped=int(played[1, t, i]),
                           steps=int(played[2, t, i])) for i, s in enumerate(states)]
             rank == 0 and show(f"  {mode:8} {text}", played[0, t])
         rank == 0 and show(f"{mode:8} all tasks", played[0])

@@ -526,8 +526,9 @@ def write_hdf5(demos, folder, name):
                 f[f"data/demo_{i}/actions"], f[f"data/demo_{i}/clean"] = actions, clean
                 for x in points:                         # every keypoint has a column; outside the picture where it is not in sight
                     at = np.full((len(x), int(x[..., 0].max()) + 1, 2), -1.)
-                    t, k = (x[..., 0] >= 0).nonzero()
-                    at[t, x[t, k, 0].astype(int)] = x[t, k, 1:]
+                    for thing in x.swapaxes(0, 1)[::-1]: # of two alike the first counts
+                        t = (thing[:, 0] >= 0).nonzero()[0]
+                        at[t, thing[t, 0].astype(int)] = thing[t, 1:]
                     f[f"data/demo_{i}/obs/keypoints"] = at
                     f[f"data/demo_{i}/obs/keypoints"].attrs["names"] = [f"{k:02}" for k in range(at.shape[1])]
         os.replace(file.with_suffix(".part"), file)
@@ -543,8 +544,8 @@ def read_hdf5(folder, demos_per_task, whole=False):
         raise SystemExit(f"no *.hdf5 in {folder}: download LIBERO's demonstrations there, or leave --data out to use the suite's scripted expert")
     for file in files:
         with h5py.File(file) as f:
-            info = json.loads(f["data"].attrs.get("problem_info", "{}"))
-            text = info.get("language_instruction", file.stem.removesuffix("_demo").replace("_", " "))
+            named = re.sub(r"^[A-Z_]+_SCENE\d+_", "", file.stem.removesuffix("_demo")).replace("_", " ")      # what LIBERO's environments say; its problem_info has other words
+            said = json.loads(f["data"].attrs.get("problem_info", "{}")).get("language_instruction", named)
             for name in sorted(f["data"], key=lambda k: int(k.split("_")[1]))[:demos_per_task]:
                 demo = f["data"][name]
                 upside_down = "agentview_rgb" in demo["obs"]                             # LIBERO's, not robomimic's
@@ -558,7 +559,7 @@ def read_hdf5(folder, demos_per_task, whole=False):
                 if upside_down:                          # what envs/libero.py shows, and what the published checkpoints say: 0 closes, 1 opens
                     images, actions[:, 6] = np.stack([picture(image, whole) for image in images]), gripper(actions[:, 6])
                     points = .5 + (points[:] - .5) * .9 ** (.5 * (whole - int(more.get("whole", 0))))       # from the picture of -whole to the middle of it, or back
-                demos.append((images, actions, clean, "".join(text), {n: points[moving][:, i] for i, n in enumerate(more.get("names", ()))}))
+                demos.append((images, actions, clean, named if upside_down else "".join(said), {n: points[moving][:, i] for i, n in enumerate(more.get("names", ()))}))
     return demos
 
 def windows(demos, model):

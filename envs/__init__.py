@@ -61,7 +61,7 @@ class SimulatorEnv(gymnasium.vector.VectorEnv):
         self.image, self.instruction = np.zeros((num_envs, suite.image, suite.image, 3), np.uint8), [""] * num_envs
 
     def reset(self, *, seed=None, options=None):
-        o = dict(options or {})
+        o = {"mask" if k == "reset_mask" else k: v for k, v in (options or {}).items()}      # gymnasium's name for it
         self.seed, self.rng = (self.seed, self.rng) if seed is None else (seed, np.random.default_rng(seed))
         if unknown := set(o) - {"task", "init_state", "split", "mask"}:
             raise ValueError(f"unknown reset options {sorted(unknown)}: there are task, init_state, split and mask")

@@ -7,7 +7,7 @@ Protocol of SimpleVLA-RL: seed 0, reset, initial state, 10 steps of nothing, the
 once a task, so its furniture is drawn anew in every episode.  RLinf waits 15 steps, the gripper at 0, and evaluates sampled, at temperature 1.6.)
 Actions are the published checkpoints': the last number is 0 to close the gripper, 1 to open it.  LIBERO's own 1 and -1 exist behind `protocol` alone.
 
-Every environment is a process.  It runs a whole chunk, then draws what the stock camera saw last: states and frames are the stock ones to the bit.
+Every environment is a process, on a GPU all draw on the first (MUJOCO_EGL_DEVICE_ID chooses).  It runs a whole chunk, then draws what the stock camera saw last: states and frames are the stock ones to the bit.
 One that dies, hangs or meets a NaN is replaced, and the new one replays the episode: the simulator is deterministic, so nothing is lost, no script needs to
 know, and stderr tells.  Where a NaN comes back the physics itself blew up: the episode ends there, a failure, and env.broken marks it.
 """
@@ -23,6 +23,7 @@ from envs.worker import Failed, Replayed, cores, start
 MAX_STEPS = dict(spatial=220, object=280, goal=300, long=520)
 INSTALL = ("pip install 'mujoco<3.9' scipy numba opencv-python-headless PyOpenGL easydict cloudpickle future termcolor pyyaml h5py && "
            "pip install --no-deps hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1")
+DRAWING = "apt install libegl1 libgl1-mesa-dri, or libosmesa6 and MUJOCO_GL=osmesa"
 MESHES = "hf download lerobot/libero-assets --repo-type dataset --local-dir DIR"
 
 
@@ -67,6 +68,8 @@ def setup(assets=""):
     os.environ.setdefault("PYOPENGL_PLATFORM", gl)
     with contextlib.redirect_stdout(io.StringIO()):
         import libero.libero
+        if not hasattr(libero.libero, "get_assets_path"):
+            raise SystemExit(f"the LIBERO installed here is not hf-libero: pip uninstall -y libero && {INSTALL}")
         assets = assets or os.environ.get("LIBERO_ASSETS") or libero.libero.get_assets_path()        # the package's own folder, cache or download
     if not all((Path(assets) / name).is_dir() for name in ("articulated_objects", "scenes", "stable_scanned_objects", "textures")):
         raise SystemExit(f"LIBERO's meshes are not in {assets}: run `{MESHES}`, then set LIBERO_ASSETS=DIR")

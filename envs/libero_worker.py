@@ -55,14 +55,21 @@ class Simulation:
         self.control = ControlEnv(bddl_file_name=bddl, has_offscreen_renderer=False, use_camera_obs=False, hard_reset=False,
                                   ignore_done=True)                      # else an episode ends after 1,000 steps
         self.env, self.sim, self.whole = self.control.env, self.control.sim, whole
+        self.env.object_property_initializers *= 2                       # open drawers, lit stoves: LIBERO adds them at every load, so the stock environment draws twice
         self.model, self.data = self.sim.model._model, self.sim.data._data
         self.model.vis.quality.offsamples *= msaa
         self.renderer, self.seen, self.option = mujoco.Renderer(self.model, 256, 256), mujoco.MjData(self.model), mujoco.MjvOption()
         self.option.geomgroup[0] = 0                                     # robosuite's cameras do not see collision shapes
         for name in self.env.observation_names:                          # nobody reads them, and each costs 25 calls a step
             self.env.modify_observable(name, "enabled", False)
-        look = sensor(modality="picture")(lambda cache: mujoco.mj_copyData(self.seen, self.model, self.data) or 0.)
-        self.env.add_observable(Observable("seen", look, sampling_rate=20))   # robosuite's cameras look a little before the end of a step: keep that moment
+
+        @sensor(modality="picture")
+        def look(cache):
+            """robosuite's cameras look a little before the end of a step: keep that moment, and what glows (a stove), which is the model's."""
+            mujoco.mj_copyData(self.seen, self.model, self.data)
+            self.glow = self.model.site_rgba.copy()
+            return 0.
+        self.env.add_observable(Observable("seen", look, sampling_rate=20))
         self.goals = self.env.parsed_problem["goal_state"]
         self.things = [g[1] for g in self.goals if len(g) == 3 and g[1] in self.env.objects_dict]
         self.fingers = [self.env.robots[0].gripper.important_geoms[f"{side}_finger"] for side in ("left", "right")]
@@ -100,14 +107,16 @@ class Simulation:
     def answer(self, holds, held, draw):
         made = dict(holds=holds, held=held, state=self.control.get_sim_state())
         if draw:
+            now, self.model.site_rgba[:] = self.model.site_rgba.copy(), self.glow
             self.renderer.update_scene(self.seen, camera="agentview", scene_option=self.option)
+            self.model.site_rgba[:] = now
             frame = self.renderer.render()[::-1].copy()                  # upside down, as robosuite gives it
             made.update(frame=frame, image=picture(frame, self.whole), keypoints=self.keypoints())
         return made
 
     def keypoints(self):
         """Where objects and the hand are in the picture, as fractions of its width and height, whether in sight or not: what a tiny tower learns first."""
-        camera, names = self.model.camera("agentview").id, sorted(self.env.objects_dict)
+        camera, names = self.model.camera("agentview").id, sorted(self.env.objects_dict, key=lambda name: (name in self.things, name))      # of two alike, the one that counts
         at = np.array([self.seen.body(f"{name}_main").xpos for name in names] + [self.seen.site(HAND).xpos])
         x, y, z = ((at - self.seen.cam_xpos[camera]) @ self.seen.cam_xmat[camera].reshape(3, 3)).T
         uv = np.stack([x, y], 1) / z[:, None] / np.tan(np.deg2rad(self.model.cam_fovy[camera]) / 2)     # z < 0; x is mirrored: turned by 180 degrees
@@ -177,7 +186,7 @@ def serve(descriptor, assets, msaa, whole):
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()     # the parent holds the other end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.WARNING)
-    from envs.libero import setup                    # which imports this module
+    from envs.libero import DRAWING, setup           # which imports this module
     setup(assets)
     pipe, kept, now = Connection(descriptor), {}, None
     while True:
@@ -191,7 +200,9 @@ def serve(descriptor, assets, msaa, whole):
                 kept[bddl] = now = kept.pop(bddl, None) or Simulation(bddl, msaa, whole)
             pipe.send(getattr(now, command)(*request))
         except Exception as e:
-            pipe.send(e if isinstance(e, FloatingPointError) else RuntimeError(f"{type(e).__name__}: {e}"))
+            if not kept and re.search("EGL|OSMesa|OpenGL|GLContext", str(e)):
+                e = SystemExit(f"LIBERO cannot draw here ({e}): {DRAWING}")
+            pipe.send(e if isinstance(e, (FloatingPointError, SystemExit)) else RuntimeError(f"{type(e).__name__}: {e}"))
 
 
 if __name__ == "__main__":

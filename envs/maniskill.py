@@ -15,7 +15,7 @@ or full_meshes=True, brings the full meshes back.  With CUDA all environments ru
 device until the one that is read.  That path is untested on a GPU; in it an episode that ends inside a chunk shows the chunk's end.  -cpu behind a name
 simulates in processes as above all the same, and the GPU only draws: the scenes and looks of a machine without one.
 """
-import importlib.util, os, re, sys
+import importlib.util, re, sys
 from pathlib import Path
 import numpy as np
 import torch
@@ -98,13 +98,13 @@ class ManiSkillEnv(SimulatorEnv):
 
     def __init__(self, name, num_envs=1, seed=0, max_steps=None, image=128, full_meshes=False, workers=None, timeout=120):
         """workers: on a CPU, at most so many environments, by default one a core.  timeout: seconds for a step; a start gets five minutes more."""
-        self.name, self.label, card = re.sub(EXTRAS, "", name), f"maniskill{'-' * (name[0] != ':')}{name}", f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        extras, card = name[len(self.name):], card if torch.cuda.is_available() else "cpu"
+        self.name, self.label = re.sub(EXTRAS, "", name), f"maniskill{'-' * (name[0] != ':')}{name}"
+        extras, card = name[len(self.name):], f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         cuda = card != "cpu" and "-cpu" not in extras
         if self.name not in SHIFTS and not re.match(":.", self.name):
             raise SystemExit(f"{self.label} is neither one of maniskill-{{{', '.join(SHIFTS)}}}, with or without -meshes or -cpu behind it, nor a maniskill:ID")
-        if not importlib.util.find_spec("mani_skill"):
-            raise SystemExit(f"{self.label} needs ManiSkill 3: {INSTALL}")
+        if missing := [k for k in ("mani_skill", "sapien", "pytorch_kinematics") if not importlib.util.find_spec(k)]:
+            raise SystemExit(f"{self.label} needs ManiSkill 3 ({missing[0]} is missing): {INSTALL}")
         most = num_envs if cuda else workers or cores()
         if num_envs > most:
             print(f"{self.label}: {most} environments side by side, one a core, instead of {num_envs}", file=sys.stderr, flush=True)

@@ -67,7 +67,8 @@ class RL4VLAEnv(SimulatorEnv):
                          num_envs, seed)
 
     def reset(self, *, seed=None, options=None):
-        mask = np.broadcast_to((options or {}).get("mask", True), self.num_envs).astype(bool)
+        o = options or {}
+        mask = np.broadcast_to(o.get("mask", o.get("reset_mask", True)), self.num_envs).astype(bool)
         if mask.any() and not (self.done | mask).all():
             raise ValueError(f"{self.suite.name} restarts all environments at once: wait until all have ended, or restart those too")
         return super().reset(seed=seed, options=options)

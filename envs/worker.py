@@ -28,8 +28,8 @@ class Worker:
         """Its answer; an exception, or a text that says what went wrong, is raised."""
         if not self.pipe.poll(timeout):
             raise TimeoutError(f"no answer for {timeout} s")
-        if isinstance(answer := self.pipe.recv(), (Exception, str)):
-            raise answer if isinstance(answer, Exception) else RuntimeError(answer)
+        if isinstance(answer := self.pipe.recv(), (BaseException, str)):
+            raise RuntimeError(answer) if isinstance(answer, str) else answer
         return answer
 
     def kill(self):

@@ -140,13 +140,14 @@ def test_determined_by_task_state_and_seed(env_id, split):
         assert alone.steps[0] == many.steps[slot] and alone.succeeded[0] == many.succeeded[slot]
 
 
+@pytest.mark.parametrize("name", ["mask", "reset_mask"])     # ours, and gymnasium's
 @pytest.mark.parametrize("env_id", SUITES)
-def test_mask_restarts_only_those(env_id):
+def test_mask_restarts_only_those(env_id, name):
     env, _ = start(env_id)
     old = env.step(disturbed(env, 8))[0]
     keep, pick = np.arange(6) != 2, np.arange(6) == 2
     state, task, other = state_of(env, keep), len(env.suite.tasks) - 1, env.suite.splits["train"][-1]
-    new, info = env.reset(options=dict(task=np.full(6, task), init_state=np.full(6, other), split="train", mask=pick))
+    new, info = env.reset(options=dict(task=np.full(6, task), init_state=np.full(6, other), split="train") | {name: pick})
     assert (new["image"][keep] == old["image"][keep]).all() and np.array_equal(np.array(new["instruction"])[keep], np.array(old["instruction"])[keep])
     assert all(np.array_equal(v, state[k]) for k, v in state_of(env, keep).items()) and not info["steps"].any()
     fresh, obs = start(env_id, 1, task=[task], init_state=[other])

@@ -8,6 +8,7 @@ import ctypes.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -321,13 +322,16 @@ def begin(made, state):
 
 
 @simulated
-def test_states_and_frames_are_the_stock_ones(env):
+@pytest.mark.parametrize("suite,task", [("libero-object", 0), ("libero-spatial", 4), ("libero-long", 9)])      # an open drawer, an open microwave: drawn as often
+def test_states_and_frames_are_the_stock_ones(env, suite, task):
     """To the bit, in the first and in the second episode of a worker, while it draws one frame in eight."""
-    made, states = stock(0, camera_names=["agentview"])
+    if suite != "libero-object":
+        env = make(2, suite)
     for state in (2, 5):
+        made, states = stock(task, suite, camera_names=["agentview"])                    # a new one an episode, as SimpleVLA-RL
         actions = random_actions(2, 11, state)
         obs, frames, flat = begin(made, states[state]), [], []
-        reset(env, (0, 0), (state, state))
+        reset(env, (task, task), (state, state))
         frames.append((obs["agentview_image"], env.answer[0]["frame"], made.get_sim_state(), env.answer[0]["state"]))
         for part in np.split(actions, (8,), 1):
             for a in part[0]:
@@ -336,8 +340,9 @@ def test_states_and_frames_are_the_stock_ones(env):
             frames.append((obs["agentview_image"], env.answer[0]["frame"], made.get_sim_state(), env.answer[0]["state"]))
         for want, got, state, mine in frames:
             assert np.array_equal(state, mine) and np.array_equal(want, got)
-    assert np.array_equal(env.image[0], libero_worker.picture(obs["agentview_image"]))
-    made.close()
+        assert np.array_equal(env.image[0], libero_worker.picture(obs["agentview_image"]))
+        made.close()
+    suite == "libero-object" or env.close()
 
 
 @simulated
@@ -368,6 +373,31 @@ def test_one_frame_a_chunk():
     simulation.data.qpos[3] = np.nan
     with pytest.raises(FloatingPointError):
         simulation.run(random_actions(1, 2)[0])
+
+
+@simulated
+def test_a_picture_is_of_one_moment():
+    """A burner that lights up after the camera has looked is in the next picture; of two bowls alike the keypoint is the one to move."""
+    env = envs.make("libero-long")
+    simulation = libero_worker.Simulation(env.benchmark.get_task_bddl_file_path(2))
+    frame = simulation.reset(env.init_states(2)[0])["frame"]
+    burner = simulation.model.site("flat_stove_1_burner").id
+    simulation.model.site_rgba[burner] = 1 - simulation.model.site_rgba[burner]
+    lit = simulation.model.site_rgba[burner].copy()
+    assert np.array_equal(simulation.answer([], [], True)["frame"], frame) and np.array_equal(simulation.model.site_rgba[burner], lit)
+    spatial = envs.make("libero-spatial")
+    simulation = libero_worker.Simulation(spatial.benchmark.get_task_bddl_file_path(0))
+    at = simulation.reset(spatial.init_states(0)[0])["keypoints"]["akita_black_bowl"]
+    assert simulation.things == ["akita_black_bowl_1"]
+    del simulation.env.objects_dict["akita_black_bowl_2"]
+    assert np.array_equal(simulation.keypoints()["akita_black_bowl"], at)
+
+
+@simulated
+def test_without_a_driver_it_says_which_to_install(tmp_path):
+    said = subprocess.run([sys.executable, "-c", "import envs\nenvs.make('libero-object').reset()"], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+                          env=os.environ | dict(MUJOCO_GL="egl", PYOPENGL_PLATFORM="egl", __EGL_VENDOR_LIBRARY_FILENAMES=str(tmp_path / "none.json")))
+    assert said.returncode == 1 and "Traceback" not in said.stderr and re.fullmatch("LIBERO cannot draw here .*: apt install libegl1 libgl1-mesa-dri, or libosmesa6 .*\n", said.stderr), said.stderr
 
 
 @simulated

@@ -117,7 +117,7 @@ def test_ood_shifts_its_factor(name):
 # -------------------------------------------------------------------------------------------------------------------- errors
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr(maniskill.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="maniskill-init-pose needs ManiSkill 3: pip install .*mani_skill==3.0.1") as e:
+    with pytest.raises(SystemExit, match=r"maniskill-init-pose needs ManiSkill 3 \(mani_skill is missing\): pip install .*mani_skill==3.0.1") as e:
         envs.make("maniskill-init-pose")
     assert "\n" not in str(e.value)
 
@@ -144,7 +144,7 @@ def test_what_simulates_and_what_draws(monkeypatch, gpu):
         raise SystemExit("made")
     monkeypatch.setattr(maniskill.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)         # of --device cuda:1, of the second of torchrun's processes
     monkeypatch.setattr(maniskill, "start", lambda module, words, root: make(*words))
     monkeypatch.setitem(sys.modules, "envs.maniskill_worker", types.SimpleNamespace(Simulation=lambda name, num_envs, *words: make("one for all", num_envs, *words)))
     for name in ("maniskill-init-pose", "maniskill-init-pose-cpu", "maniskill-init-pose-meshes-cpu", "maniskill:PickCube-v1-cpu"):
@@ -165,7 +165,7 @@ def failing(env_id, **variables):
 @simulated
 def test_no_library_for_gpu_simulation(monkeypatch, tmp_path):
     from envs import maniskill_worker
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(maniskill_worker.sapien.physx, "enable_gpu", lambda: open("/nowhere/libPhysXGpu_64.so"))
     for home in (tmp_path, tmp_path / "full"):
         monkeypatch.setattr(maniskill_worker.Path, "home", lambda: home)
@@ -174,6 +174,17 @@ def test_no_library_for_gpu_simulation(monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match="^maniskill-init-pose: GPU simulation cannot be had here .FileNotFoundError: .*nowhere.*put -cpu behind the name") as e:
             envs.make("maniskill-init-pose")
         assert ("linux-so.zip in ~/.sapien/physx/" in str(e.value) or "linux-aarch64-so.zip" in str(e.value)) == (home == tmp_path)
+
+
+@simulated
+def test_light_arms_leave_one_file_for_all(monkeypatch, tmp_path):
+    """A worker is killed, so it cannot clean up: all share the same few files, whole at any time."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for _ in range(2):
+        made = envs.make("maniskill-init-pose-cpu", 2, workers=2)
+        made.reset(), made.close()
+    folder, = tmp_path.glob("maniskill-*")
+    assert sorted(p.suffix for p in folder.iterdir()) == [".srdf"] * 2 + [".urdf"] * 2 and [p for p in tmp_path.iterdir() if p.is_dir()] == [folder]
 
 
 @simulated

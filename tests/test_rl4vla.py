@@ -155,8 +155,9 @@ def test_success_ends_nothing(fork):
     env.reset()
     obs, reward, terminated, truncated, info = env.step(acts((1, 1), (0, 0), (0, 0)))
     assert reward.tolist() == pytest.approx([1.1, 0, 0]) and info["success"].tolist() == [True, False, False] and not (terminated | truncated).any()
-    with pytest.raises(ValueError, match="restarts all environments at once"):
-        env.reset(options=dict(mask=[True, False, False]))
+    for name in ("mask", "reset_mask"):
+        with pytest.raises(ValueError, match="restarts all environments at once"):
+            env.reset(options={name: [True, False, False]})
     env.reset(options=dict(mask=[False] * 3))            # asks for nothing
     _, reward, terminated, truncated, info = env.step(acts((0, 0), (1, 1), (0, 0)))
     assert reward.tolist() == pytest.approx([-1, 1.1, 0]) and info["steps"].tolist() == [1, 1, 1] and info["success"].tolist() == [False, True, False]

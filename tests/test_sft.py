@@ -57,15 +57,15 @@ def test_tokens_of_is_the_inverse_of_actions(stats):
 
 
 def test_read_hdf5(tmp_path):
-    """LIBERO's layout: data/demo_i/{actions, obs/agentview_rgb}, the instruction in problem_info."""
+    """LIBERO's layout: data/demo_i/{actions, obs/agentview_rgb}, the instruction in the file's name, as its environments have it."""
     h5py = pytest.importorskip("h5py")
     rng, want = np.random.default_rng(0), {}
     for task, text in enumerate(("pick up the red cube", "open the drawer")):
         (tmp_path / "suite").mkdir(exist_ok=True)
-        with h5py.File(tmp_path / "suite" / f"{'AB'[task]}_{text.replace(' ', '_')}_demo.hdf5", "w") as f:
+        with h5py.File(tmp_path / "suite" / f"{('A', 'LIVING_ROOM_SCENE2')[task]}_{text.replace(' ', '_')}_demo.hdf5", "w") as f:
             data = f.create_group("data")
-            if task == 0:                                # LIBERO keeps it as a list of letters; task 1: from the file's name
-                data.attrs["problem_info"] = json.dumps(dict(language_instruction=list(text)))
+            if task == 0:                                # LIBERO's has other words than its environment
+                data.attrs["problem_info"] = json.dumps(dict(language_instruction=list("Pick the red one")))
             for i in (0, 1, 2, 10):
                 actions = rng.uniform(.1, 1, (6, 7))
                 actions[:, 6] = -1
@@ -79,7 +79,7 @@ def test_read_hdf5(tmp_path):
                     group["obs/keypoints"].attrs.update(dict(names=["cube"]) | (dict(whole=1) if task else {}))
                 want[task, i] = images, actions
     demos = sft.read_hdf5(tmp_path, 3)
-    assert [d[3] for d in demos] == ["pick up the red cube"] * 3 + ["B open the drawer"] * 3
+    assert [d[3] for d in demos] == ["A pick up the red cube"] * 3 + ["open the drawer"] * 3
     kept = [0, 1, 3, 4, 5]
     for (image, action, clean, _, points), key in zip(demos, [(t, i) for t in (0, 1) for i in (0, 1, 2)]):
         np.testing.assert_array_equal(image, np.stack([picture(x) for x in want[key][0][kept]]))     # as envs/libero.py shows them
@@ -117,7 +117,7 @@ def test_saved_demonstrations_are_the_played_ones(tmp_path, monkeypatch, env_id)
         for name, places in read[text][3].items():
             seen = (things[kept, :, 0] == int(name)).any(1)
             np.testing.assert_array_equal((places > -1).all(1), seen)
-            np.testing.assert_array_equal(places[seen], np.reshape([row[row[:, 0] == int(name)][-1, 1:] for row in things[kept][seen]], (-1, 2)))
+            np.testing.assert_array_equal(places[seen], np.reshape([row[row[:, 0] == int(name)][0, 1:] for row in things[kept][seen]], (-1, 2)))
     model = small.model(image=64, tokens=28)
     (pictures, index, pixels), = sft.look_at(sft.read_hdf5(tmp_path / "demos", 9), model)
     assert len(pictures) == len(index) and (index >= 0).sum(1).min() >= 2
