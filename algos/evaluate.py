@@ -83,7 +83,7 @@ class ConvTower(nn.Module):
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
-        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
+        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))     # which keypoint a token is: learned, added
 
     def forward(self, x):
         f = self.features(x)
@@ -215,7 +215,7 @@ class VLA(nn.Module):
         return torch.cat([(e := embed(ids))[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
     def read(self, x, mask, start, end, cache=None, **kw):
-        """Of what Llama makes of the embeddings x (in order: some transformers call the cache otherwise): the 256 logits at positions start:end, the state at start."""
+        """Of what Llama makes of the embeddings x (by position: transformers' versions name the cache differently): the 256 logits at positions start:end, the state at start."""
         h = self.language_model.model(None, mask, mask.cumsum(1)[:, -x.shape[1]:] - 1, cache, x, use_cache=cache is not None, **kw).last_hidden_state
         return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float(), h[:, start].float()    # LoRA: no slice of its weight
 
@@ -238,7 +238,7 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def act(self, images, instructions, temperature=1., generator=None):
-        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities of 1)."""
+        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities: at temperature 1)."""
         def pick(z, state):
             logp = (z / (temperature or 1.)).log_softmax(-1)
             token = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=generator).view(z.shape[:2]) if temperature else z.argmax(-1)

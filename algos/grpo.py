@@ -1,7 +1,7 @@
 """GRPO: reinforcement learning of a vision-language-action model from success alone, in one file.
 
     python algos/grpo.py --env tabletop-object                          # a laptop: 2 cores, minutes
-    python algos/grpo.py --student runs/tabletop-object-vla_opd-1/checkpoint --learning-rate 1e-4 --num-iterations 120     # VLA-OPD's "Distill + GRPO"
+    python algos/grpo.py --student runs/tabletop-object-vla_opd-1/checkpoint --learning-rate 1e-4 --num-iterations 120     # "Distill + GRPO, longer"
     torchrun --nproc-per-node 8 algos/grpo.py --env ENV --student 7B --lora-rank 32 --dtype bfloat16 --learning-rate 1e-4 --temperature 1.6 --updates-per-rollout 4 \\
         --adam-eps 1e-8 --micro-batch-size 8 --query-batch-size 32 --num-envs 64
 
@@ -10,13 +10,13 @@ SimpleVLA-RL's GRPO: G trajectories of the same prompt, reward 1 for success (th
 What matters, and why
  1. A = (R - group mean) / (group std + 1e-6), unbiased std, the same on every token of a trajectory.  No KL to a reference, no entropy bonus, no critic.
  2. Dynamic sampling: groups with a success rate outside [--keep-low, --keep-high] are replaced by new prompts; all-equal ones teach nothing, A = 0.  (*) As
-    many as are missing (there: a whole batch, the surplus kept), in --max-rollouts rollouts at most; kept and dropped groups are logged.  (RLinf drops without replacing, and averages over all.)
- 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them (of all models).
+    many as are missing (there: a whole batch, the surplus kept), in --max-rollouts rollouts at most; both kinds are logged.  (RLinf replaces none, and averages over all.)
+ 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, a teacher's too.
  4. Clip-higher: a token's ratio p/p_old may rise by 0.28 but fall by 0.2 only, so that rare tokens can grow.
  5. --loss-agg seq: the mean over an optimiser step's trajectories of the mean over a trajectory's tokens; token: the mean over all tokens.
     Tokens behind the episode's end, inside a chunk too, are no part of the trajectory: weight 0.  (TorchRL's vla_grpo trains on those, too.)
- 6. (*) Training and evaluation have different initial states.  The defaults suit the tiny student; 1e-4 above is RL4VLA's for LoRA (theirs: 5e-6, all weights).  A
-    distilled policy fails rarely, so it has little to learn from in an iteration: at the default rate it gets worse, at a lower one better, slowly (results/).
+ 6. (*) Training and evaluation have different initial states.  Defaults suit the tiny student; 1e-4 is RL4VLA's for LoRA (SimpleVLA-RL: 5e-6, all weights).  A
+    distilled policy fails rarely, so an iteration teaches it little: at the default rate it gets worse on average, at a lower one better, slowly (results/).
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ class Args:
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
     num_envs: int = 512  # environments played side by side, in every process
-    micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
+    micro_batch_size: int = 128  # queries (one: a picture and its chunk of actions) per learning pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling); another number samples other actions
     max_grad_norm: float = 1.0  # gradient clipping
     lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
@@ -118,7 +118,7 @@ class ConvTower(nn.Module):
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
-        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
+        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))     # which keypoint a token is: learned, added
 
     def forward(self, x):
         f = self.features(x)
@@ -250,7 +250,7 @@ class VLA(nn.Module):
         return torch.cat([(e := embed(ids))[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
     def read(self, x, mask, start, end, cache=None, **kw):
-        """Of what Llama makes of the embeddings x (in order: some transformers call the cache otherwise): the 256 logits at positions start:end, the state at start."""
+        """Of what Llama makes of the embeddings x (by position: transformers' versions name the cache differently): the 256 logits at positions start:end, the state at start."""
         h = self.language_model.model(None, mask, mask.cumsum(1)[:, -x.shape[1]:] - 1, cache, x, use_cache=cache is not None, **kw).last_hidden_state
         return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float(), h[:, start].float()    # LoRA: no slice of its weight
 
@@ -273,7 +273,7 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def act(self, images, instructions, temperature=1., generator=None):
-        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities of 1)."""
+        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities: at temperature 1)."""
         def pick(z, state):
             logp = (z / (temperature or 1.)).log_softmax(-1)
             token = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=generator).view(z.shape[:2]) if temperature else z.argmax(-1)
@@ -399,7 +399,7 @@ class Run:
                 os.fsync(descriptor := os.open(file, os.O_RDONLY))
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
-            sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
+            sys.exit(f"checkpoint of iteration {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
         self.checkpoint.exists() and self.checkpoint.rename(self.old)
         new.rename(self.checkpoint)
         shutil.rmtree(self.old, ignore_errors=True)
@@ -450,7 +450,7 @@ def token_weights(mask, episode, num_episodes, agg, world):
     if agg == "token":
         return mask / all_sum(mask.sum(), world)
     if agg == "seq":
-        mask = mask / torch.bincount(episode, mask.sum(1).float())[episode][:, None]
+        mask = mask / torch.bincount(episode, weights=mask.sum(1).float())[episode][:, None]      # by its trajectory's number of tokens
     return mask / all_sum(torch.tensor(num_episodes), world)
 # --- end weights
 
@@ -474,7 +474,7 @@ def main(args):
     rank, world, device = setup(args)
     prompts, episodes = args.batch_prompts // world, args.batch_prompts // world * args.group_size
     if args.batch_prompts % world or not 0 < args.updates_per_rollout <= episodes:
-        sys.exit(f"--batch-prompts {args.batch_prompts} must divide among {world} processes and give each at least --updates-per-rollout episodes")
+        sys.exit(f"--batch-prompts {args.batch_prompts} must divide among {world} processes; --updates-per-rollout be 1 to each one's {episodes} episodes")
     args.group_size > 1 and args.max_rollouts > 0 and args.keep_low <= args.keep_high or sys.exit(
         "--group-size must be 2 or more, --max-rollouts 1 or more, --keep-low at most --keep-high")
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "grpo", rank)
@@ -514,7 +514,7 @@ def main(args):
         counts = dict(success=success.sum(), episodes=episodes, env_steps=sum(part["length"].sum() for part in parts), queries=len(tokens), groups=len(kept),
                       groups_kept=kept.sum(), groups_failed=(success.sum(1) == 0).sum(), groups_solved=success.all(1).sum(), learned=mask[learn[episode]].sum())
         counts = dict(zip(counts, all_sum(torch.tensor([float(n) for n in counts.values()], dtype=torch.float64), world).tolist()))
-        updates = min(args.updates_per_rollout, -(-int(counts["groups_kept"]) * args.group_size // world))   # none without an episode
+        updates = min(args.updates_per_rollout, math.ceil(counts["groups_kept"] * args.group_size / world))     # the same in all processes; 0 without an episode
         shares = torch.from_numpy(rng.permutation(learn.nonzero()[:, 0])).tensor_split(updates) if updates else ()
         for share in shares:
             queries = torch.isin(episode, share).nonzero()[:, 0]
@@ -525,7 +525,7 @@ def main(args):
                 sums["policy_loss"] += loss.detach()
                 sums |= {k: sums[k] + (v * (w > 0)).sum() for k, v in logged.items()}
             for p in parameters:
-                p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)
+                p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)     # a sum: the loss was divided by all processes' total
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

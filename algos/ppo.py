@@ -12,13 +12,13 @@ What matters, and why
     log-probability once a token and sums over the copies, which multiplies the policy loss, not the value loss, by 7.  (*) Here it counts once.
  3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them.  (*) RL4VLA rounds the old ones to bfloat16
     in the ratio, old values, returns and advantages too.
- 4. Episodes have a fixed horizon: success does not end them.  The reward is the change of 0.1 grasped + 0.1 held for 5 steps + 1 (goal holds, and grasped).
+ 4. Episodes have a fixed horizon: success does not end them.  The reward is the change of 0.1 grasped + 0.1 kept (5 steps in a row) + 1 (goal holds, and grasped).
  5. GAE(.99, .95) over queries, a chunk being one step; the end of the horizon is worth 0.  (*) RLinf adds the value of the last state there.
  6. Advantages are normalised once over the whole rollout (population std, eps 1e-5), not per minibatch.
  7. Value loss: the larger of two Huber losses (delta 10), of the value and of the value clipped to .2 around the rollout's.  Coefficient 1.
  8. (*) A query of a chunk policy has several actions: each has its own ratio, all have the query's advantage; actions behind the horizon count 0.
  9. (*) The value head's hidden layers start as torch's; RL4VLA's are kaiming-normal (fan out), 7 and 5 times larger at 7 B.
-10. (*) Evaluation has initial states of its own, RL4VLA draws them as in training.  A new LoRA, without the patch embedding; RL4VLA's goes on with its warm-up's.
+10. (*) Evaluation has initial states of its own, RL4VLA draws them as in training.  Our LoRA is new, without the patch embedding; RL4VLA trains its warm-up's on.
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ class Args:
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
     num_envs: int = 512  # environments played side by side, in every process
-    micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
+    micro_batch_size: int = 128  # queries (one: a picture and its chunk of actions) per learning pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling); another number samples other actions
     max_grad_norm: float = 1.0  # gradient clipping
     lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
@@ -121,7 +121,7 @@ class ConvTower(nn.Module):
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
-        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
+        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))     # which keypoint a token is: learned, added
 
     def forward(self, x):
         f = self.features(x)
@@ -253,7 +253,7 @@ class VLA(nn.Module):
         return torch.cat([(e := embed(ids))[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
     def read(self, x, mask, start, end, cache=None, **kw):
-        """Of what Llama makes of the embeddings x (in order: some transformers call the cache otherwise): the 256 logits at positions start:end, the state at start."""
+        """Of what Llama makes of the embeddings x (by position: transformers' versions name the cache differently): the 256 logits at positions start:end, the state at start."""
         h = self.language_model.model(None, mask, mask.cumsum(1)[:, -x.shape[1]:] - 1, cache, x, use_cache=cache is not None, **kw).last_hidden_state
         return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float(), h[:, start].float()    # LoRA: no slice of its weight
 
@@ -276,7 +276,7 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def act(self, images, instructions, temperature=1., generator=None):
-        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities of 1)."""
+        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities: at temperature 1)."""
         def pick(z, state):
             logp = (z / (temperature or 1.)).log_softmax(-1)
             token = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=generator).view(z.shape[:2]) if temperature else z.argmax(-1)
@@ -402,7 +402,7 @@ class Run:
                 os.fsync(descriptor := os.open(file, os.O_RDONLY))
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
-            sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
+            sys.exit(f"checkpoint of iteration {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
         self.checkpoint.exists() and self.checkpoint.rename(self.old)
         new.rename(self.checkpoint)
         shutil.rmtree(self.old, ignore_errors=True)
@@ -472,10 +472,10 @@ class ActorCritic(nn.Module):
 def gae(reward, value, episode, gamma, lam):
     """Of queries in the order in which they were played: advantages, returns.  Behind an episode's last query there is nothing: value 0."""
     (reward, now), episode = (x.double().cpu().numpy() for x in (reward, value)), episode.numpy()
-    advantage, after, following = np.zeros_like(now), np.zeros(episode.max() + 1), np.zeros(episode.max() + 1)
+    advantage, next_advantage, next_value = np.zeros_like(now), np.zeros(episode.max() + 1), np.zeros(episode.max() + 1)
     for i, e in reversed(list(enumerate(episode))):
-        advantage[i] = after[e] = reward[i] + gamma * following[e] - now[i] + gamma * lam * after[e]
-        following[e] = now[i]
+        advantage[i] = next_advantage[e] = reward[i] + gamma * next_value[e] - now[i] + gamma * lam * next_advantage[e]
+        next_value[e] = now[i]
     advantage = torch.from_numpy(advantage).to(value)
     return advantage, advantage + value
 
@@ -486,20 +486,20 @@ def moments(x, world):
     return (total / n).item(), (squares / n - (total / n) ** 2).clamp(0).sqrt().item()
 # --- end critic
 
-def ppo_loss(logits, value, tokens, mask, old_logp, old_value, advantage, returns, counts, args, dim):
-    """The loss of a micro-batch, a sum divided by the minibatch's counts (actions, queries, tokens), and what is logged of it."""
+def ppo_loss(logits, value, tokens, mask, old_logp, old_value, advantage, returns, sizes, args, dim):
+    """The loss of a micro-batch, a sum divided by the share's sizes (ratios, queries, tokens), and what is logged of it."""
     student_logp = (logits / args.temperature).log_softmax(-1)                           # float32
     logp, entropy = student_logp.gather(-1, tokens[..., None])[..., 0], -(student_logp.exp() * student_logp).sum(-1)
-    per = dim if args.ratio == "action" else 1
+    per, (num_ratios, num_queries, num_tokens) = dim if args.ratio == "action" else 1, sizes
     log_ratio, advantage = (logp - old_logp).unflatten(1, (-1, per)).sum(-1), advantage[:, None]
     ratio, acted = log_ratio.exp(), mask[:, ::per]
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-    policy_loss = -(torch.min(ratio * advantage, clipped * advantage) * acted).sum() / counts[0]
+    policy_loss = -(torch.min(ratio * advantage, clipped * advantage) * acted).sum() / num_ratios
     near = old_value + (value - old_value).clamp(-args.value_clip, args.value_clip)
-    value_loss = torch.max(*(F.huber_loss(v, returns, reduction="none", delta=10.) for v in (value, near))).sum() / counts[1]
-    entropy = (entropy * mask).sum() / counts[2]
-    logged = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, approx_kl=((ratio - 1 - log_ratio) * acted).sum() / counts[0],
-                  clipfrac=((clipped * advantage < ratio * advantage) * acted).sum() / counts[0])
+    value_loss = torch.max(*(F.huber_loss(v, returns, reduction="none", delta=10.) for v in (value, near))).sum() / num_queries
+    entropy = (entropy * mask).sum() / num_tokens
+    logged = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, approx_kl=((ratio - 1 - log_ratio) * acted).sum() / num_ratios,
+                  clipfrac=((clipped * advantage < ratio * advantage) * acted).sum() / num_ratios)
     return policy_loss + value_loss - args.entropy_coefficient * entropy, logged
 
 def main(args):
@@ -519,7 +519,7 @@ def main(args):
     first = run.load([optimizer]) if args.resume else 0
 
     def test(video=None):
-        env.fixed_horizon, metrics = False, {}
+        env.fixed_horizon, metrics = False, {}                              # unlike training, evaluation ends an episode at its first success
         for split in [k for k in ("eval", "ood") if k in env.suite.splits]:
             success, grasped, _ = evaluate(env, policy, split, args.eval_episodes_per_task, args.eval_temperature, args.query_batch_size, args.seed, rank, world, {"eval": video}.get(split))
             metrics |= {f"charts/{split}_{k}": v for k, v in zip(("success", "low", "high", "grasped"), (success.mean(), *wilson(success), grasped.mean()))}
@@ -550,15 +550,15 @@ def main(args):
         # Learning.  Each optimiser step sees its own share of the queries, once.
         sums = {}
         for share in torch.from_numpy(rng.permutation(len(tokens))).tensor_split(args.updates_per_rollout):
-            acted = mask[share].sum()
-            counts = all_sum(torch.stack([acted / (policy.action_dim if args.ratio == "action" else 1), acted.new_tensor(len(share)), acted]), world)
+            executed = mask[share].sum()
+            sizes = all_sum(torch.stack([executed / (policy.action_dim if args.ratio == "action" else 1), executed.new_tensor(len(share)), executed]), world)
             for i in share.split(args.micro_batch_size) if len(share) else ():
                 logits, value = model(image[i], [text[j] for j in i], tokens[i])
-                loss, logged = ppo_loss(logits, value, tokens[i], mask[i], old_logp[i], old_value[i], advantage[i], returns[i], counts, args, policy.action_dim)
+                loss, logged = ppo_loss(logits, value, tokens[i], mask[i], old_logp[i], old_value[i], advantage[i], returns[i], sizes, args, policy.action_dim)
                 loss.backward()
                 sums = {k: sums.get(k, 0) + v.detach() for k, v in logged.items()}
             for p in parameters:
-                p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)
+                p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)     # a sum: the loss was divided by all processes' total
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

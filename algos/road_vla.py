@@ -12,12 +12,12 @@ What matters, and why
  1. w: the advantage of the current critic, mixed half and half with that of a frozen critic (scaled to the same mean and std: eq. 7), only where both have
     the same sign (eq. 8), standardised and clipped to +-2 (eq. 9).  Below-average tokens are pushed down; --positive-only leaves them alone.
  2. The teacher q = softmax(z + eta w onehot(a)) is built from the current logits, without gradient.  p and q differ in one logit, so KL over 256 tokens is KL over
-    two outcomes, the sampled token or any other, and so is JSD: free, where the paper pays 1.6 times PPO's time (the reference's pass is not).
+    two outcomes, the sampled token or any other, and so is JSD: free, where the paper pays 1.6 times PPO's time (the reference's pass is extra).
  3. Its gradient is -p (e^w - 1) grad log p, to first order in p, the sampled token's probability: PPO's times about p / 14 (coefficient 0.5, 7 tokens an action).
-    So an unsure policy hardly feels it (./benchmark.sh road-strength).  A w that knows nothing of the token does not cancel, as it does in PPO: it sharpens.
+    So an unsure policy hardly feels it (./benchmark.sh road-strength).  A w that knows nothing of the token cancels in PPO, but sharpens the policy here.
  4. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (0.5, entropy 0.01) reads as PPO + 0.5 of it: the default.
  5. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
- 6. The current critic is new (or --student's, a folder of ppo.py's).  The paper's is "initially poorly calibrated", as a new one; 90 % of the signs agree, as with --warm-critic.
+ 6. The current critic is new (or --student's, a folder of ppo.py's).  The paper's is "initially poorly calibrated", as if new; 90 % of its signs agree, as if warm (--warm-critic).
  7. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
@@ -36,7 +36,7 @@ class Args:
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
     num_envs: int = 512  # environments played side by side, in every process
-    micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
+    micro_batch_size: int = 128  # queries (one: a picture and its chunk of actions) per learning pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling); another number samples other actions
     max_grad_norm: float = 1.0  # gradient clipping
     lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
@@ -131,7 +131,7 @@ class ConvTower(nn.Module):
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
-        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
+        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))     # which keypoint a token is: learned, added
 
     def forward(self, x):
         f = self.features(x)
@@ -263,7 +263,7 @@ class VLA(nn.Module):
         return torch.cat([(e := embed(ids))[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
     def read(self, x, mask, start, end, cache=None, **kw):
-        """Of what Llama makes of the embeddings x (in order: some transformers call the cache otherwise): the 256 logits at positions start:end, the state at start."""
+        """Of what Llama makes of the embeddings x (by position: transformers' versions name the cache differently): the 256 logits at positions start:end, the state at start."""
         h = self.language_model.model(None, mask, mask.cumsum(1)[:, -x.shape[1]:] - 1, cache, x, use_cache=cache is not None, **kw).last_hidden_state
         return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float(), h[:, start].float()    # LoRA: no slice of its weight
 
@@ -286,7 +286,7 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def act(self, images, instructions, temperature=1., generator=None):
-        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities of 1)."""
+        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities: at temperature 1)."""
         def pick(z, state):
             logp = (z / (temperature or 1.)).log_softmax(-1)
             token = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=generator).view(z.shape[:2]) if temperature else z.argmax(-1)
@@ -412,7 +412,7 @@ class Run:
                 os.fsync(descriptor := os.open(file, os.O_RDONLY))
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
-            sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
+            sys.exit(f"checkpoint of iteration {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
         self.checkpoint.exists() and self.checkpoint.rename(self.old)
         new.rename(self.checkpoint)
         shutil.rmtree(self.old, ignore_errors=True)
@@ -482,10 +482,10 @@ class ActorCritic(nn.Module):
 def gae(reward, value, episode, gamma, lam):
     """Of queries in the order in which they were played: advantages, returns.  Behind an episode's last query there is nothing: value 0."""
     (reward, now), episode = (x.double().cpu().numpy() for x in (reward, value)), episode.numpy()
-    advantage, after, following = np.zeros_like(now), np.zeros(episode.max() + 1), np.zeros(episode.max() + 1)
+    advantage, next_advantage, next_value = np.zeros_like(now), np.zeros(episode.max() + 1), np.zeros(episode.max() + 1)
     for i, e in reversed(list(enumerate(episode))):
-        advantage[i] = after[e] = reward[i] + gamma * following[e] - now[i] + gamma * lam * after[e]
-        following[e] = now[i]
+        advantage[i] = next_advantage[e] = reward[i] + gamma * next_value[e] - now[i] + gamma * lam * next_advantage[e]
+        next_value[e] = now[i]
     advantage = torch.from_numpy(advantage).to(value)
     return advantage, advantage + value
 
@@ -497,7 +497,7 @@ def moments(x, world):
 # --- end critic
 
 def distillation_weights(intrinsic, reference, args, world):
-    """w of every query, and where the two critics agree."""
+    """w of every query, and where the critics agree.  intrinsic, reference: advantages by the current critic, by the frozen one."""
     (mean, std), (reference_mean, reference_std) = moments(intrinsic, world), moments(reference, world)
     calibrated = mean + std / (reference_std + 1e-8) * (reference - reference_mean)      # eq. 7
     agree = intrinsic.sign() == calibrated.sign()
@@ -507,29 +507,29 @@ def distillation_weights(intrinsic, reference, args, world):
     return weight.relu() if args.positive_only else weight, agree
 
 def agd(logp, bump, divergence):
-    """Divergence of teacher (held fixed) and student at every token, of which `logp` was sampled and its logit raised by `bump` (eq. 10): that one, or any other."""
+    """Divergence of the fixed teacher and the student at every token.  logp: the sampled token's; `bump` raises its logit (eq. 10).  Two outcomes: that token, any other."""
     other = (-logp.clamp(max=-1e-30).expm1()).log()                                      # log(1 - p)
-    rise = torch.logaddexp(logp + bump, other) - torch.logaddexp(logp, other)            # of the softmax's denominator
-    p, q = torch.stack([logp, other]), torch.stack([logp + bump - rise, other - rise]).detach()
+    rise = torch.logaddexp(logp + bump, other) - torch.logaddexp(logp, other)            # of log Z; the latter is 0 but for rounding: bump 0 gives q = p exactly
+    log_p, log_q = torch.stack([logp, other]), torch.stack([logp + bump - rise, other - rise]).detach()
     if divergence == "fkl":
-        return (q.exp() * (q - p)).sum(0)
-    return -.5 * (q.exp() * ((p - q).expm1() / 2).log1p() + p.exp() * ((q - p).expm1() / 2).log1p()).sum(0)
+        return (log_q.exp() * (log_q - log_p)).sum(0)
+    return -.5 * (log_q.exp() * ((log_p - log_q).expm1() / 2).log1p() + log_p.exp() * ((log_q - log_p).expm1() / 2).log1p()).sum(0)      # log(mean / q), log(mean / p)
 
-def road_loss(logits, value, tokens, mask, old_logp, old_value, advantage, weight, returns, counts, args, dim):
-    """The loss of a micro-batch, a sum divided by the minibatch's counts (actions, queries, tokens), and what is logged of it."""
+def road_loss(logits, value, tokens, mask, old_logp, old_value, advantage, weight, returns, sizes, args, dim):
+    """The loss of a micro-batch, a sum divided by the share's sizes (ratios, queries, tokens), and what is logged of it."""
     student_logp = (logits / args.temperature).log_softmax(-1)                           # float32
     logp, entropy = student_logp.gather(-1, tokens[..., None])[..., 0], -(student_logp.exp() * student_logp).sum(-1)
-    per = dim if args.ratio == "action" else 1
+    per, (num_ratios, num_queries, num_tokens) = dim if args.ratio == "action" else 1, sizes
     log_ratio, advantage = (logp - old_logp).unflatten(1, (-1, per)).sum(-1), advantage[:, None]
     ratio, acted = log_ratio.exp(), mask[:, ::per]
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-    policy_loss = -(torch.min(ratio * advantage, clipped * advantage) * acted).sum() / counts[0]
+    policy_loss = -(torch.min(ratio * advantage, clipped * advantage) * acted).sum() / num_ratios
     near = old_value + (value - old_value).clamp(-args.value_clip, args.value_clip)
-    value_loss = torch.max(*(F.huber_loss(v, returns, reduction="none", delta=10.) for v in (value, near))).sum() / counts[1]
-    entropy = (entropy * mask).sum() / counts[2]
-    distill = (agd(logp, args.eta * weight[:, None], args.divergence) * mask).sum() / counts[2]      # eq. 12
+    value_loss = torch.max(*(F.huber_loss(v, returns, reduction="none", delta=10.) for v in (value, near))).sum() / num_queries
+    entropy = (entropy * mask).sum() / num_tokens
+    distill = (agd(logp, args.eta * weight[:, None], args.divergence) * mask).sum() / num_tokens      # eq. 12
     logged = dict(policy_loss=policy_loss, value_loss=value_loss, distill_loss=distill, entropy=entropy,
-                  approx_kl=((ratio - 1 - log_ratio) * acted).sum() / counts[0], clipfrac=((clipped * advantage < ratio * advantage) * acted).sum() / counts[0])
+                  approx_kl=((ratio - 1 - log_ratio) * acted).sum() / num_ratios, clipfrac=((clipped * advantage < ratio * advantage) * acted).sum() / num_ratios)
     return args.ppo_term * policy_loss + args.distill_coefficient * distill + value_loss - args.entropy_coefficient * entropy, logged
 
 def main(args):
@@ -538,16 +538,16 @@ def main(args):
     if args.num_episodes % world or episodes < 1 or args.updates_per_rollout < 1:
         sys.exit(f"--num-episodes {args.num_episodes} must divide among {world} processes, --updates-per-rollout be at least 1")
     source = Path(args.reference.rstrip("/").removesuffix("/checkpoint") or f"runs/{args.env}-ppo-{args.seed}")
-    asked, made = (json.loads((source / k).read_text()) if (source / k).exists() else {} for k in ("args.json", "checkpoint/progress.json"))
-    made and "value_clip" in asked and not asked.keys() & {"reference", "privileged_info"} or sys.exit(f"{source} is no run of ppo.py, whose critic is the reference: "
-        f"`python algos/ppo.py --env {args.env}{f' --student {args.student}' * bool(args.student)} --seed {args.seed}` makes one, --reference names another")
-    made["step"] < asked["num_iterations"] and sys.exit(f"{source}: {made['step']} of {asked['num_iterations']} iterations are done, finish it first (ppo.py --resume)")
+    flags, progress = (json.loads((source / k).read_text()) if (source / k).exists() else {} for k in ("args.json", "checkpoint/progress.json"))
+    progress and "value_clip" in flags and not flags.keys() & {"reference", "privileged_info"} or sys.exit(f"{source} is no run of ppo.py, whose critic is the reference: "
+        f"`python algos/ppo.py --env {args.env}{f' --student {args.student}' * bool(args.student)} --seed {args.seed} --entropy-coefficient .01` makes one; or --reference RUN")
+    progress["step"] < flags["num_iterations"] and sys.exit(f"{source}: {progress['step']} of {flags['num_iterations']} iterations are done, finish it first (ppo.py --resume)")
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "road_vla", rank)
     model = ActorCritic(str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student"), args, device)
     policy, reference = model.policy, ActorCritic(str(source / "checkpoint"), args, device, trainable=False).requires_grad_(False)
     frozen = {k: p for k, p in policy.named_parameters() if not p.requires_grad}         # under LoRA the base; the reference's is the same: kept once
     [setattr(p, "data", frozen[k].data) for k, p in reference.policy.named_parameters() if k in frozen and torch.equal(p, frozen[k])]
-    ours, theirs = vars(args) | vars(policy), asked | vars(reference.policy)
+    ours, theirs = vars(args) | vars(policy), flags | vars(reference.policy)             # env and gamma are flags, image and chunk the policies' attributes
     [sys.exit(f"{source} has {k} {theirs[k]}, not {ours[k]}: --reference must be of the same") for k in ("env", "gamma", "image", "chunk") if ours[k] != theirs[k]]
     args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)) and sys.exit(f"--updates-per-rollout: at most a rollout's {queries} queries")
     args.warm_critic and not args.resume and model.value.load_state_dict(reference.value.state_dict())
@@ -557,12 +557,12 @@ def main(args):
     groups = [dict(params=[p for p in policy.parameters() if p.requires_grad]), dict(params=model.value.parameters(), lr=args.value_learning_rate)]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, eps=args.adam_eps, weight_decay=.01)
     first = run.load([optimizer]) if args.resume else 0
-    cost = {"charts/reference_env_steps": sum(row["charts/env_steps"] for row in made["rows"][1:]),
-            "charts/reference_minutes": sum(row[k] for row in made["rows"][1:] for k in ("time/rollout", "time/advantages", "time/update")) / 60}
+    cost = {"charts/reference_env_steps": sum(row["charts/env_steps"] for row in progress["rows"][1:]),
+            "charts/reference_minutes": sum(row[k] for row in progress["rows"][1:] for k in ("time/rollout", "time/advantages", "time/update")) / 60}
     not args.resume or run.rows[0].items() >= cost.items() or sys.exit(f"{source} has gone on since {run.dir} began: that was another reference")
 
     def test(video=None):
-        env.fixed_horizon, metrics = False, {}
+        env.fixed_horizon, metrics = False, {}                              # unlike training, evaluation ends an episode at its first success
         for split in [k for k in ("eval", "ood") if k in env.suite.splits]:
             success, grasped, _ = evaluate(env, policy, split, args.eval_episodes_per_task, args.eval_temperature, args.query_batch_size, args.seed, rank, world, {"eval": video}.get(split))
             metrics |= {f"charts/{split}_{k}": v for k, v in zip(("success", "low", "high", "grasped"), (success.mean(), *wilson(success), grasped.mean()))}
@@ -597,15 +597,15 @@ def main(args):
         # Learning.  Each optimiser step sees its own share of the queries, once.
         sums = {}
         for share in torch.from_numpy(rng.permutation(len(tokens))).tensor_split(args.updates_per_rollout):
-            acted = mask[share].sum()
-            counts = all_sum(torch.stack([acted / (policy.action_dim if args.ratio == "action" else 1), acted.new_tensor(len(share)), acted]), world)
+            executed = mask[share].sum()
+            sizes = all_sum(torch.stack([executed / (policy.action_dim if args.ratio == "action" else 1), executed.new_tensor(len(share)), executed]), world)
             for i in share.split(args.micro_batch_size) if len(share) else ():
                 logits, value = model(image[i], [text[j] for j in i], tokens[i])
-                loss, logged = road_loss(logits, value, tokens[i], mask[i], old_logp[i], old_value[i], advantage[i], weight[i], returns[i], counts, args, policy.action_dim)
+                loss, logged = road_loss(logits, value, tokens[i], mask[i], old_logp[i], old_value[i], advantage[i], weight[i], returns[i], sizes, args, policy.action_dim)
                 loss.backward()
                 sums = {k: sums.get(k, 0) + v.detach() for k, v in logged.items()}
             for p in parameters:
-                p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)
+                p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)     # a sum: the loss was divided by all processes' total
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -42,7 +42,7 @@ class Args:
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
     num_envs: int = 512  # environments played side by side, in every process
-    micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
+    micro_batch_size: int = 128  # queries (one: a picture and its chunk of actions) per learning pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling); another number samples other actions
     max_grad_norm: float = 1.0  # gradient clipping
     lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
@@ -64,7 +64,7 @@ class Args:
     demo_policy: str = ""  # a checkpoint that plays, sampled, in between; the expert finds back from where it went (DAgger's states)
     learning_rate: float = 1e-3  # AdamW's, falling to 0; Muon's is ten times it
     num_iterations: int = 30  # passes over the demonstrations
-    smoothing: float = 6.0  # labels are Gaussians of this many bins; 0: one bin, as OpenVLA's
+    smoothing: float = 6.0  # labels are Gaussians, their standard deviation in bins; 0: one bin, as OpenVLA's
     decoding: Literal["parallel", "autoregressive"] = "parallel"  # of a new tiny model
     pretrain_tower: int = 0  # steps of teaching a new tiny model's tower where things are
     tower_rate: float = 1.0  # the towers' part of the learning rate; below 1 a pretrained tower keeps longer what it was taught
@@ -126,7 +126,7 @@ class ConvTower(nn.Module):
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
-        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
+        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))     # which keypoint a token is: learned, added
 
     def forward(self, x):
         f = self.features(x)
@@ -258,7 +258,7 @@ class VLA(nn.Module):
         return torch.cat([(e := embed(ids))[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
     def read(self, x, mask, start, end, cache=None, **kw):
-        """Of what Llama makes of the embeddings x (in order: some transformers call the cache otherwise): the 256 logits at positions start:end, the state at start."""
+        """Of what Llama makes of the embeddings x (by position: transformers' versions name the cache differently): the 256 logits at positions start:end, the state at start."""
         h = self.language_model.model(None, mask, mask.cumsum(1)[:, -x.shape[1]:] - 1, cache, x, use_cache=cache is not None, **kw).last_hidden_state
         return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float(), h[:, start].float()    # LoRA: no slice of its weight
 
@@ -281,7 +281,7 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def act(self, images, instructions, temperature=1., generator=None):
-        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities of 1)."""
+        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities: at temperature 1)."""
         def pick(z, state):
             logp = (z / (temperature or 1.)).log_softmax(-1)
             token = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=generator).view(z.shape[:2]) if temperature else z.argmax(-1)
@@ -407,7 +407,7 @@ class Run:
                 os.fsync(descriptor := os.open(file, os.O_RDONLY))
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
-            sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
+            sys.exit(f"checkpoint of iteration {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
         self.checkpoint.exists() and self.checkpoint.rename(self.old)
         new.rename(self.checkpoint)
         shutil.rmtree(self.old, ignore_errors=True)

@@ -9,17 +9,17 @@ student follows the policy gradient of the reward r = log q(a|s) - log p(a|s), p
 
 What matters, and why
  1. r is used raw: no baseline, no group mean, no whitening.  It is zero where the two agree; any normalisation would destroy that.
- 2. r carries no gradient.  grad KL(p||q) = -E_p[r grad log p] exactly: the term through r has mean zero.
- 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them (of all models).
- 4. A rollout serves several optimiser steps (--updates-per-rollout; 1 is Algorithm 1).  From the second on its samples are off-policy: the ratio p/p_old
+ 2. r carries no gradient (sampled).  grad KL(p||q) = -E_p[r grad log p] exactly: the term through r has mean zero, so exact, which keeps it, is the same.
+ 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, a teacher's too.
+ 4. A rollout serves several optimiser steps (--updates-per-rollout; 1 is Algorithm 1).  From the second on its samples are off-policy: sampled's ratio p/p_old
     keeps the estimate unbiased for a token at its state, if r is that of the current p.  With the r of the rollout (--reward rollout) the surrogate
     E_old[p/p_old r] is linear in p: best is all on the luckiest token.  (RLinf's rerun: the r of the rollout, no ratio, 8 steps on long.)
  5. --estimator sampled is the paper's.  The default, exact, sums over all 256 tokens instead: the same expectation at the visited states without the
     sampling noise, and it learns several times faster (results/).  The k3 estimator is no loss: its gradient is the forward KL's.
  6. --loss-agg sum is the paper's: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq, as
     RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
- 7. Learning rate and temperature are not in the paper, optimiser steps per rollout are 1; the defaults suit the tiny model.  RLinf's 2e-6 is for training all
-    weights.  Under a new LoRA an Adam step moves a weight by a tenth of the rate: the 1e-4 above is RL4VLA's for LoRA.
+ 7. The paper gives no learning rate, temperature or weight decay and takes 1 optimiser step per rollout; the defaults suit the tiny model.  RLinf's 2e-6 is for all
+    weights.  Under a new LoRA of rank 32 an Adam step moves a weight by a tenth of the rate: the 1e-4 above is RL4VLA's for LoRA, the 1.6 SimpleVLA-RL's.
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
@@ -37,7 +37,7 @@ class Args:
     run_dir: str = ""  # where everything is written (default: runs/ENV-SCRIPT-SEED)
     seed: int = 1  # seed of everything random
     num_envs: int = 512  # environments played side by side, in every process
-    micro_batch_size: int = 128  # queries per forward and backward pass; changes memory and speed, not the result
+    micro_batch_size: int = 128  # queries (one: a picture and its chunk of actions) per learning pass; changes memory and speed, not the result
     query_batch_size: int = 512  # queries per pass without gradient (acting, labelling); another number samples other actions
     max_grad_norm: float = 1.0  # gradient clipping
     lora_rank: int = 0  # train LoRA adapters of this rank on every linear layer; 0 trains everything (of an adapter's checkpoint: the adapter)
@@ -119,7 +119,7 @@ class ConvTower(nn.Module):
                                       nn.Conv2d(width, width, 3, 1, 1), nn.ReLU())
         self.heatmaps = nn.Conv2d(width, tokens, 1)
         self.sharpness = nn.Parameter(torch.ones(tokens, 1))  # log of the softmax's inverse temperature
-        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))
+        self.name = nn.Parameter(.5 * torch.randn(1, tokens, self.dim))     # which keypoint a token is: learned, added
 
     def forward(self, x):
         f = self.features(x)
@@ -251,7 +251,7 @@ class VLA(nn.Module):
         return torch.cat([(e := embed(ids))[:, :1], x.to(e.dtype), e[:, 1:]], 1), torch.cat([mask[:, :1], mask.new_ones(x.shape[:2]), mask[:, 1:]], 1)
 
     def read(self, x, mask, start, end, cache=None, **kw):
-        """Of what Llama makes of the embeddings x (in order: some transformers call the cache otherwise): the 256 logits at positions start:end, the state at start."""
+        """Of what Llama makes of the embeddings x (by position: transformers' versions name the cache differently): the 256 logits at positions start:end, the state at start."""
         h = self.language_model.model(None, mask, mask.cumsum(1)[:, -x.shape[1]:] - 1, cache, x, use_cache=cache is not None, **kw).last_hidden_state
         return self.language_model.lm_head(h[:, start:end])[..., self.first:self.first + BINS].float(), h[:, start].float()    # LoRA: no slice of its weight
 
@@ -274,7 +274,7 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def act(self, images, instructions, temperature=1., generator=None):
-        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities of 1)."""
+        """Action tokens (0..255) [B, K], their log-probabilities, the last prompt token's state; temperature 0 is greedy (log-probabilities: at temperature 1)."""
         def pick(z, state):
             logp = (z / (temperature or 1.)).log_softmax(-1)
             token = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=generator).view(z.shape[:2]) if temperature else z.argmax(-1)
@@ -400,7 +400,7 @@ class Run:
                 os.fsync(descriptor := os.open(file, os.O_RDONLY))
                 os.close(descriptor)
         except (OSError, SafetensorError) as e:      # a full disk is either
-            sys.exit(f"checkpoint of step {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
+            sys.exit(f"checkpoint of iteration {step} not written ({getattr(e, 'strerror', 0) or e}); the one before is intact: make room, then --resume")
         self.checkpoint.exists() and self.checkpoint.rename(self.old)
         new.rename(self.checkpoint)
         shutil.rmtree(self.old, ignore_errors=True)
@@ -457,7 +457,7 @@ def token_weights(mask, episode, num_episodes, agg, world):
     if agg == "token":
         return mask / all_sum(mask.sum(), world)
     if agg == "seq":
-        mask = mask / torch.bincount(episode, mask.sum(1).float())[episode][:, None]
+        mask = mask / torch.bincount(episode, weights=mask.sum(1).float())[episode][:, None]      # by its trajectory's number of tokens
     return mask / all_sum(torch.tensor(num_episodes), world)
 # --- end weights
 
@@ -470,14 +470,14 @@ def reverse_kl_loss(logits, teacher_logp, tokens, old_logp, weight, args):
     loss = kl if args.estimator == "exact" else -ratio * reward                          # the latter's gradient: -ratio * r * grad log p
     with torch.no_grad():
         logged = dict(reverse_kl_exact=kl, entropy=-(student_logp.exp() * student_logp).sum(-1), approx_kl=(ratio - 1) - (logp - old_logp),
-                      teacher_agreement=student_logp.argmax(-1) == teacher_logp.argmax(-1), clipfrac=(ratio - 1).abs() > .2)
+                      teacher_agreement=student_logp.argmax(-1) == teacher_logp.argmax(-1), clipfrac=(ratio - 1).abs() > .2)      # of tokens moved by over .2: nothing is clipped
     return (weight * loss).sum(), logged
 
 def main(args):
     rank, world, device = setup(args)
     prompts, episodes = args.batch_prompts // world, args.batch_prompts // world * args.group_size
     if args.batch_prompts % world or not 0 < args.updates_per_rollout <= episodes:
-        sys.exit(f"--batch-prompts {args.batch_prompts} must divide among {world} processes and give each at least --updates-per-rollout episodes")
+        sys.exit(f"--batch-prompts {args.batch_prompts} must divide among {world} processes; --updates-per-rollout be 1 to each one's {episodes} episodes")
     args.reward == "rollout" and args.estimator == "exact" and sys.exit("--reward rollout is about the sampled reward: add --estimator sampled")
     env, run = envs.make(args.env, args.num_envs, args.seed), Run(args, "vla_opd", rank)
     origin = str(run.checkpoint) if args.resume else args.student or envs.checkpoint(args.env, "student")
@@ -499,7 +499,7 @@ def main(args):
         rng = np.random.default_rng([args.seed, iteration, rank])                        # so that --resume needs no random state
         generator, clock = torch.Generator(device).manual_seed(int(rng.integers(2 ** 62))), [time.time()]
 
-        # The student plays: B prompts, G trajectories each.
+        # The student plays: B prompts (task and initial state), G trajectories each; no group mean is taken, G only adds samples.
         task = rng.integers(len(env.suite.tasks), size=prompts).repeat(args.group_size)
         state = rng.choice(env.suite.splits["train"], prompts).repeat(args.group_size)
         batch = rollout(env, student, task, state, "train", args.temperature, args.query_batch_size, generator)
@@ -529,7 +529,7 @@ def main(args):
                 sums["policy_loss"] += loss.detach()
                 sums |= {k: sums[k] + (v * (w > 0)).sum() for k, v in logged.items()}
             for p in parameters:
-                p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)
+                p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, world)     # a sum: the loss was divided by all processes' total
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -20,7 +20,7 @@ What users get (gymnasium's VectorEnv conventions):
         stays, its steps are 0 and its reward too, until it is reset.  reward: 1 in the step that succeeds.
         info: success, grasped, kept (grasped for 5 steps in a row), all at any time so far (rl4vla's success: now), and steps, each [N].
     env.fixed_horizon = True    RL4VLA's training: success does not end the episode, and the reward is the change, since the chunk before, of
-        0.1 (grasped so far) + 0.1 (held for 5 steps in a row so far) + 1 (the goal holds now, and grasped so far)
+        0.1 (grasped so far) + 0.1 (kept so far) + 1 (the goal holds now, and grasped so far)
 """
 import importlib, os, re, subprocess, sys, time
 from dataclasses import dataclass

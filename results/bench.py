@@ -124,15 +124,20 @@ def main():
     jobs = make_jobs(args.what, args.seeds or (1 if simulator or args.what == ["quick"] else None), args.student, args.teacher)
     done = {k for k, job in jobs.items() if job.finished(jobs, results)}
     todo = [k for k, job in jobs.items() if (not job.outputs(results)[0].exists() if args.missing else k not in done)]
-    for name in reversed(jobs):                          # a need stands before who needs it
-        todo += [k for k in jobs[name].needs if name in todo and k not in todo and k not in done]
-    todo = [k for k in jobs if k in todo]
+    def with_needs(todo):
+        for name in reversed(jobs):                      # a need stands before who needs it
+            todo += [k for k in jobs[name].needs if name in todo and k not in todo and k not in done]
+        return todo
+    while args.missing and (more := [k for k, job in jobs.items() if k not in todo and k not in done and set(job.needs) & set(with_needs(todo))]):
+        todo += more                                     # what started from a run that is made again
+    todo = [k for k in jobs if k in with_needs(todo)]
     if args.list:
         for name, job in jobs.items():
-            begun = job.note("job.json") and f"begun, {100 * job.progress():.0f} %"
+            begun = job.note("job.json").get("fingerprint") == job.fingerprint(jobs) and f"begun, {100 * job.progress():.0f} %"
             state = "finished" if name in done else (begun or "to run") if name in todo else "finished elsewhere"
-            print(f"{name:46} {state:20} {'' if state.startswith('finished') else f'{job.seconds / 60:5.1f} min'}")
-        return print(f"{len(jobs)} jobs, {len(todo)} to run: about {sum(jobs[k].seconds for k in todo) / 3600:.1f} hours of one core")
+            print(f"{name:46} {state:20} {'' if simulator or state.startswith('finished') else f'{job.seconds / 60:5.1f} min'}")
+        hours = f": about {sum(jobs[k].seconds for k in todo) / 3600:.1f} hours of one core"
+        return print(f"{len(jobs)} jobs, {len(todo)} to run" + hours * (not simulator))  # nobody knows how fast a simulator is here
     (ROOT / "runs").mkdir(exist_ok=True)
     lock = open(ROOT / "runs" / "benchmark.lock", "w")                                   # held by the runs as well, should this process be killed
     try:

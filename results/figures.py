@@ -12,7 +12,7 @@ matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon
 STEPS, ITERATION, SUCCESS, ENTROPY = "environment steps, thousands", "iteration", "greedy success", "entropy, nats a token"
 OOD, ALONE = "charts/ood_success", " (one seed)"
 LONGER = {"distill-grpo-long": "#0072b2", "distill-grpo-slow": "#d55e00"}
-OKABE_ITO = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
+OKABE_ITO = ("#000000", "#e69f00", "#f0e442", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
 
 
 def band(axis, suite, algorithm, key="charts/eval_success", x="steps", label=""):
@@ -20,6 +20,8 @@ def band(axis, suite, algorithm, key="charts/eval_success", x="steps", label="")
     if algorithm == "distill-grpo":                      # goes on where distillation ended
         before = curves(suite, "opd-exact", x=x)
         lines = {seed: c + [[before[seed][0][-1]], [0]] for seed, c in lines.items() if seed in before}
+    if algorithm == "road-long" and x == "steps":        # its reference's steps are its own
+        lines = {seed: c + [[rows[0]["charts/reference_env_steps"]], [0]] for (seed, c), rows in zip(lines.items(), read(suite, algorithm).values())}
     if not lines:
         return
     grid = np.linspace(max(c[0][0] for c in lines.values()), min(c[0][-1] for c in lines.values()), 100)
@@ -105,7 +107,9 @@ def draw():
                     y = np.array([c[1] for c in lines.values()])
                     axis.plot(next(iter(lines.values()))[0], y.mean(0), color=colour, lw=1.3, label=name)
                     axis.fill_between(next(iter(lines.values()))[0], y.min(0), y.max(0), color=colour, alpha=.18, lw=0)
-                axis.set(title=f"{title} ({len(y)} seed{'s' * (len(y) > 1)})", ylabel=label, xlabel=ITERATION if i == len(families) else "")
+                n = sorted({len(curves(suite, k, key)) for k in names.values()})
+                many = f"{n[0]} seed{'s' * (n[0] > 1)}" if len(n) == 1 else f"{n[0]} to {n[-1]} seeds"
+                axis.set(title=f"{title} ({many})", ylabel=label, xlabel=ITERATION if i == len(families) else "")
             line[0].set_ylim(0, 1)
         save(figure, "opd-fig4.png")
     if longer := [k for _, k in there(("distill-grpo-long", "distill-grpo-slow"), ["object"])]:

@@ -83,7 +83,7 @@ BIG = dict.fromkeys((*DISTILS, "grpo", "ppo", "road_vla"), "--lora-rank 32 --dty
 BIG |= {k: f"{BIG[k]} --group-size 2 --learning-rate 1e-4 --temperature 1.6" for k in DISTILS}
 BIG |= dict(evaluate="--dtype bfloat16 --query-batch-size 32 --num-envs 64",
             grpo=f"{BIG['grpo']} --learning-rate 1e-4 --temperature 1.6 --updates-per-rollout 4")
-BIG |= {k: f"{BIG[k]} --learning-rate 1e-4 --updates-per-rollout 32 --eval-temperature 0.6" for k in ("ppo", "road_vla")}
+BIG |= {k: f"{BIG[k]} --learning-rate 1e-4 --updates-per-rollout 32" for k in ("ppo", "road_vla")}
 # Iterations by default and seconds of one core for each; suites whose episodes are longer: what the time left starts from.
 COST = dict(vla_opd=(10, 30), dagger_forward_kl=(10, 30), dagger_hard_ce=(10, 30), grpo=(10, 50), ppo=(40, 6), road_vla=(40, 8), road_vla_text=(40, 9), sft=(30, 45))
 LONG = ("tabletop-long", "tabletop-two-arm")
@@ -126,11 +126,14 @@ class Job:
         return json.loads((self.folder / name).read_text()) if (self.folder / name).exists() else {}
 
     def fingerprint(self, jobs):
-        code = ast.unparse(ast.parse((ROOT / self.words[0]).read_text()))                # a comment changes nothing
+        sources = [self.words[0], *(() if self.splits else (f"algos/{k}.py" for k in ("ppo", "road_vla", "vla_opd")))]       # a script of results/ measures these
+        code = "\n".join(ast.unparse(ast.parse((ROOT / k).read_text())) for k in sources)                                    # a comment changes nothing
         return hashlib.sha256(json.dumps([code, self.words, self.play, *(jobs[k].fingerprint(jobs) for k in self.needs)]).encode()).hexdigest()[:16]
 
     def finished(self, jobs, results):
-        return self.note("done.json").get("fingerprint") == self.fingerprint(jobs) and all(path.exists() for path in self.outputs(results))
+        whole = self.note("done.json").get("fingerprint") == self.fingerprint(jobs) and all(path.exists() for path in self.outputs(results))
+        trained = whole and self.splits and self.script != "evaluate"                    # and git has not brought another machine's back since
+        return whole and (not trained or (results / f"{self.name}.csv").read_bytes() == (self.folder / "metrics.csv").read_bytes())
 
     def progress(self):
         """The part that is done, from the rows of metrics.csv: header, before training, one an iteration."""
@@ -148,7 +151,7 @@ class Job:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "done.json").unlink(missing_ok=True)
-        changed = "-dirty" * bool(say("git", "status", "--porcelain", "algos", "envs"))
+        changed = "-dirty" * bool(say("git", "status", "--porcelain", "algos", "envs", "checkpoints"))
         self.keep(fingerprint=stamp, commit=(say("git", "rev-parse", "--short", "HEAD") or "unknown") + changed, seconds=self.note("job.json").get("seconds", 0))
         folder = self.folder.relative_to(ROOT)
         if self.script != "evaluate":

@@ -128,7 +128,7 @@ def algorithms():
         return
     yield f"All start from the shipped student: {cell('student', ['object'])}; its teacher: {cell('teacher', ['object'])}. Success at {budget:.0f} environment"
     yield "steps of the run's own (interpolated), and at its end. Area: mean success over those steps, a shorter run keeping its last value. Entropy: nats a token,"
-    yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps (of the longer run: of a busy machine). ROAD's reference critic is a finished PPO run, so"
+    yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps (of the longer run, and of seed 2 of GRPO, of exact and of Distill + GRPO: of a busy machine). ROAD's reference critic is a finished PPO run, so"
     yield "its honest cost, in the last two columns, is both; that of Distill + GRPO is with the distillation before it. The teacher's is in none of them" + (
         f": {np.mean([sum(x.get('charts/samples', 0) for x in r) for r in make.values()]):.0f} pictures of a scripted expert, "
         f"{np.mean([spent(r)[1] for r in make.values()]):.1f} minutes, from the base (made again: {cell('make-teacher', ['object'])}).\n" if make else ".\n")
@@ -224,7 +224,7 @@ def opd_fig3():
     (points, able), both = forgetting(), ("goal", "spatial")
     if points:
         n, m = (len(v) for v in able.values())
-        yield f"Trained on tabletop-object; unseen are the tasks of tabletop-goal ({n}) and tabletop-spatial ({m}) that the base solves in 80 % of its"
+        yield f"Trained on tabletop-object; unseen are the tasks of tabletop-goal ({n}) and tabletop-spatial ({m}) that the base solves in 80 % or more of its"
         yield "episodes. All but the base start from the student, whose one demonstration a task of tabletop-object has itself cost it much of them. The"
         yield "claims are on all tasks of the two suites. The paper has a figure of all checkpoints during training: success on four unseen tasks falls to about zero"
         yield "(two of Object) and far (two of Spatial) under SFT; RL and Distill largely avoid that, and Distill matches RL or is above it.\n"
@@ -250,21 +250,21 @@ def opd_fig4():
     yield from table(("suite", "objective", "seeds", "success at the end", "valley greedy, sampled", "entropy first, lowest, highest, last"),
                      [row(title, suite, k) for title, suite, names in families for k in names.values()] + [row("object", suite, k) for suite, k in there(["fkl-fine"], ["object"])])
     for title, suite, names in families:
-        entropy, n = {k: entropies(suite, v) for k, v in names.items()}, min(len(read(suite, v)) for v in names.values())
+        entropy, few = {k: entropies(suite, v) for k, v in names.items()}, lambda *kinds: min(len(read(suite, names[k])) for k in kinds)
         end = {k: v[:, 3] for k, v in entropy.items()}
         if end.keys() >= {"fkl", "exact"}:
             peak, dips = entropy["fkl"][:, 2] - entropy["fkl"][:, 0], (valleys(suite, names["fkl"]) > .05).any(1)
             claim(f"forward KL raises entropy ({title})", "highest 0.05 nats above first, and last above reverse KL's, on every seed",
                   f"peak {spread(peak, 1, 2)} above the first, last {end['fkl'].mean():.2f} against {end['exact'].mean():.2f}",
-                  every((peak > .05) & (end["fkl"] > end["exact"].max())), n)
-            claim(f"forward KL dips early ({title})", "valley of 5 %, greedy or sampled, on every seed", f"{sum(dips)} of {len(dips)} seeds", every(dips), n)
+                  every((peak > .05) & (end["fkl"] > end["exact"].max())), few("fkl", "exact"))
+            claim(f"forward KL dips early ({title})", "valley of 5 %, greedy or sampled, on every seed", f"{sum(dips)} of {len(dips)} seeds", every(dips), few("fkl"))
         if end.keys() >= {"ce", "exact"}:
             others = [v for k, v in end.items() if k != "ce"]
             claim(f"hard CE lowers entropy most ({title})", "last entropy below the other objectives', on every seed",
-                  f"{end['ce'].mean():.2f}, next {min(v.mean() for v in others):.2f}", apart(np.concatenate(others), end["ce"]), n)
+                  f"{end['ce'].mean():.2f}, next {min(v.mean() for v in others):.2f}", apart(np.concatenate(others), end["ce"]), few(*names))
         if end.keys() >= {"ce", "fkl", "exact"}:
             claim(f"reverse KL's entropy lies between ({title})", "hard CE < reverse KL < forward KL at the end, on every seed",
-                  ", ".join(f"{end[k].mean():.2f}" for k in ("ce", "exact", "fkl")), every([bool(apart(end["exact"], end["ce"])), bool(apart(end["fkl"], end["exact"]))]), n)
+                  ", ".join(f"{end[k].mean():.2f}" for k in ("ce", "exact", "fkl")), every([bool(apart(end["exact"], end["ce"])), bool(apart(end["fkl"], end["exact"]))]), few("ce", "exact", "fkl"))
         label = dict(exact="exact reverse KL", sampled="sampled reverse KL", fkl="forward KL", ce="hard CE")
         for a, b in [("exact", k) for k in ("fkl", "ce", "sampled")] + [("sampled", k) for k in ("fkl", "ce")] + [("fkl", "ce")]:
             if end.keys() >= {a, b}:
@@ -279,10 +279,10 @@ def opd_fig4():
         low = ", ".join(f"{100 * min(y[1:4]):.1f} (student {100 * y[0]:.1f})" for _, y in fine.values())
         yield f"Whether a dip hides between two evaluations: after 2, 4 and 6 updates of forward KL the least success is {low}.\n"
     if read("object", "plain-teacher"):
-        yield f"The paper's labels were not smoothed, nor its demonstrations disturbed. Nor are the plain teacher's: each label is one bin ({cell('plain-teacher', ['object'])}; the"
+        yield f"The paper's labels were not smoothed, nor its demonstrations disturbed. So with the plain teacher: each label is one bin ({cell('plain-teacher', ['object'])}; the"
         yield "paper's went on by reinforcement learning).\n"
     if read("object", "sharp-student"):
-        yield f"Nor is the sharp student's: the base after one demonstration a task, each label one bin ({cell('sharp-student', ['object'])}), as the paper's on LIBERO (in its figure"
+        yield f"The sharp student: the base after one demonstration a task, each label one bin ({cell('sharp-student', ['object'])}), as the paper's on LIBERO (in its figure"
         yield "the student had 1,000).\n"
 
 
@@ -325,15 +325,15 @@ def road_table1():
         yield from table(("suite", "seeds", *sum(((name, "paper") for name in names), ()), "p"), rows)
         if all(found := [middle(k, suites, "ood") for k in ("ppo", "road")]):
             yield f"IQM over seeds and tasks, out of distribution: PPO {found[0]}, ROAD {found[1]}.\n"
-        compare(f"ROAD is above PPO out of distribution ({len(suites)} of 7 suites; 73, 69)", "road", "ppo", suites, "ood")
-        compare(f"ROAD is above PPO in distribution ({len(suites)} of 7 suites; 88, 85)", "road", "ppo", suites)
+        compare(f"ROAD is above PPO out of distribution ({len(suites)} of our 7 suites; 73, 69)", "road", "ppo", suites, "ood")
+        compare(f"ROAD is above PPO in distribution ({len(suites)} of our 7 suites; 88, 85)", "road", "ppo", suites)
         sides = [(drawn(k, suites), drawn(k, suites, "ood")) for k in ("ppo", "road")]
         if all(np.size(x) and np.shape(x) == np.shape(y) for x, y in sides):
             states = [paired("ppo", "road", suites, split) for split in ("eval", "ood")]     # how much oftener PPO succeeds, ID, less how much oftener OOD
             states = None if any(x is None for x in states) else np.concatenate([states[0], -states[1]])
             ppo, road = (x - y for x, y in sides)
             p = differ(ppo, road, ends("ppo", suites)[1], states)
-            claim(f"ROAD loses less than PPO from ID to OOD ({len(suites)} of 7 suites; 14.6, 16.3)", "smaller difference",
+            claim(f"ROAD loses less than PPO from ID to OOD ({len(suites)} of our 7 suites; 14.6, 16.3)", "smaller difference",
                   f"{100 * road.mean():.1f} and {100 * ppo.mean():.1f}, {chance(p)}{', paired' if states is not None else ''}; seeds {road.size}, {ppo.size}",
                   None if p >= .05 else bool(road.mean() < ppo.mean()), min(road.size, ppo.size))
 
@@ -345,7 +345,7 @@ def road_long():
         yield "On tabletop-repositioning: in distribution the object jumps at step 5, out of it the receptacle does, too. ROAD of 160 iterations and its reference"
         yield "of 40 are as many steps as PPO of 200.\n"
         yield from table(("algorithm", "seeds", "ID", "OOD", "grasped, OOD", "environment steps"), named(
-            found, home, lambda k: cell(k, [home], "ood"), lambda k: spread(last(home, k, "charts/ood_grasped")),
+            found, home, lambda k: cell(k, [home], "ood"), lambda k: spread(ends(k, [home], "ood", "grasped")[0]),
             lambda k: f"{own(k):.0f}" + (f" + {more(k) - own(k):.0f} of the reference" if more(k) > own(k) else "")))
         for split, where in (("ood", "out of distribution"), ("eval", "in distribution")):
             compare(f"ROAD of 160 iterations is above PPO of 200, {where} (repositioning)", "road-long", "ppo-long", [home], split, whose="ours")
@@ -367,7 +367,7 @@ def road_fig2():
         yield "the last points differ.\n"
         yield from table(("suite", "seeds", "before training", "area PPO", "area ROAD", "peak PPO", "peak ROAD"), rows)
         for what, each, rule in (("leads PPO during training", areas, "higher area"), ("peaks above PPO", peaks, "higher peak")):
-            higher(f"ROAD {what}, out of distribution ({len(rows)} of 7 suites)", rule, *each.values(), ends("road", shifts(), "ood")[1])
+            higher(f"ROAD {what}, out of distribution ({len(rows)} of our 7 suites)", rule, *each.values(), ends("road", shifts(), "ood")[1])
 
 
 def higher(text, rule, ppo, road, n):
@@ -418,7 +418,7 @@ def road_fig5():
             areas = [[{seed: np.interp(np.linspace(0, c[0][-1], 200), *c).mean() for seed, c in curves(s, k, key).items()} for s in visual] for k in two]
             higher(f"ROAD grasps more often during training, out of distribution ({len(visual)} visual suites)", "higher area", *areas, ends("road", visual, "ood")[1])
         if "repositioning" in shifts():
-            compare("PPO loses more of what it grasps than ROAD, out of distribution (repositioning)", "ppo", "road", ["repositioning"], "ood", key="lost")
+            compare("PPO more often grasps and then fails than ROAD, out of distribution (repositioning)", "ppo", "road", ["repositioning"], "ood", key="lost")
 
 
 def road_critic():
@@ -431,7 +431,7 @@ def road_critic():
             [k for _, k in there(("ppo", "road", "road-warm"), [home])], home, lambda k: cell(k, [home], "ood"),
             lambda k: first_last(home, k, "losses/critic_agreement"), lambda k: first_last(home, k, "losses/explained_variance")))
         for k, name in (("road", "with a new one"), ("ppo", "PPO")):
-            compare(f"ROAD with such a critic is above {'ROAD ' * (k == 'road')}{name}, out of distribution (repositioning)", "road-warm", k, [home], "ood", whose="ours")
+            compare(f"ROAD with a warm critic is above {'ROAD ' * (k == 'road')}{name}, out of distribution (repositioning)", "road-warm", k, [home], "ood", whose="ours")
 
 
 def road_strength():
@@ -447,8 +447,9 @@ def road_strength():
         yield from table(("temperature", "entropy of a token, nats", "mean p", "PPO", "distillation", "entropy bonus", "value loss", "PPO / distillation", "their cosine"),
                          [(t, *(f"{row[k]:.3g}" for k in columns)) for t, row in measured.items()])
     if set(found) - {"ppo", "road"}:
-        yield "With a coefficient of 90 instead of 0.5 the two are about equal at temperature 1. Alone: that without PPO's term and the entropy bonus, Algorithm 1 (Adam does"
-        yield "not mind the factor; it is there for the critic's gradient, which goes into the policy as well).\n"
+        part = f", {180 / measured['1']['ppo_over_distillation']:.1f} of PPO's gradient at temperature 1" if note.exists() else ""
+        yield f"As strong as PPO: a coefficient of 90, not 0.5{part}. Alone: the same without PPO's term and the entropy bonus, Algorithm 1 (Adam would not mind the"
+        yield "factor, but the critic's gradient goes into the policy, too).\n"
         yield from table(("variant", "seeds", "ID", "OOD", "entropy first, lowest, last"), named(
             found, home, lambda k: cell(k, [home], "ood"), lambda k: ", ".join(f"{e:.2f}" for e in entropies(home, k).mean(0)[[0, 1, 3]])))
         for k, name in (("road-even", "as strong as PPO"), ("road-alone", "alone")):
@@ -585,7 +586,7 @@ def simulators():
         yield "steps or fewer (-150). Some meshes had stand-in textures (other pictures, the same physics), so the published checkpoints' numbers are no measure"
         yield "for these. Minutes: one core, without evaluation. Students: `student` and `one-demo` learn from nothing, from 6 and 1 demonstrations a task, `two-passes` from"
         yield "nothing, two passes over 24, `forgot` is the base after one demonstration a task at a rate at which it forgets, `of-ten` that of the ten tasks' base; `opd-X` is"
-        yield "distillation from student X.\n"
+        yield "distillation from student X (`opd-exact` from `student`, the five tasks' `opd-one-demo` from the ten tasks'). maniskill-two-robot: README, Two arms.\n"
         for name, trained in data.simulated().items():
             if played := [r for r in trained if name.startswith("libero-object") and "-opd-" in name and "charts/success_rate" in r]:
                 limit = int((re.search(r"-(\d+)-", name) or [0, 280])[1])                # a failure takes all of its steps
@@ -613,7 +614,8 @@ def rivals():
         def same(k, split):
             parts = [e for e in played(suite, k, split).values()]
             many = {data.size(rows[0], split) // len({task for task, _ in parts[0]}) for rows in read(suite, k).values()} if parts else {0}
-            return [f"{100 * np.mean([np.mean([v for (_, state), v in e.items() if state < 400 + max(many)]) for e in parts]):.0f}" if parts else ""] * again
+            first_played = set([*dict.fromkeys(state for _, state in parts[0])][:max(many)]) if parts else ()
+            return [f"{100 * np.mean([np.mean([v for (_, state), v in e.items() if state in first_played]) for e in parts]):.0f}" if parts else ""] * again
         yield from table(("algorithm", "seeds", "ID before", *["same"] * again, "ID", "OOD before", *["same"] * again, "OOD", "grasped, OOD before", "grasped, OOD", "entropy", "weight", "agree", "environment steps", "minutes"), [
             (STYLE[k][0], len(read(suite, k)), first(k, "eval_success"), *same(k, "eval"), cell(k, [suite]), first(k, "ood_success"), *same(k, "ood"), cell(k, [suite], "ood"), first(k, "ood_grasped"),
              f"{100 * np.mean([np.mean([*e.values()]) for e in played(suite, k, 'ood', 'grasped').values()] or last(suite, k, 'charts/ood_grasped')):.0f}",
@@ -674,16 +676,19 @@ def page():
         "suites and models of 0.25 M parameters stand for the papers' simulators and 7 B: the papers' numbers beside ours say whether the same thing happens,",
         "not that it is as large.\n",
         "Success is greedy (ROAD-VLA's own numbers: sampled at 0.6), in %, on initial states never trained on: mean over the seeds [lowest seed, highest seed], or of a single run [Wilson's 95 %",
-        "interval]; averages over suites are of the seeds that every suite has. IQM: the interquartile mean over these and tasks, its 95 % interval by a bootstrap of",
-        "the seeds within each task. A command gives the same numbers again on the same processor; on another one sums are rounded differently, after which a run",
+        "interval]; averages over suites are of the seeds that every suite has. IQM: the interquartile mean over these and tasks, its interval by a bootstrap of the",
+        "seeds within each task (2.5 to 97.5 %: of two or three seeds too narrow for 95 %). The figures' bands are the same as the tables' intervals (objectives, and what is no",
+        "success: none of one seed). A command gives the same numbers again on the same processor; on another one sums are rounded differently, after which a run",
         "of reinforcement learning can end as far away as another seed's.\n",
-        *["A quick run: one seed, few iterations, few episodes. It shows that everything runs, not what the algorithms can.\n"] * (data.FOLDER.name == "quick"),
+        *["A quick run: one seed, 3 to 6 iterations, 5 episodes a task, 16 prompts, SFT of 10 demonstrations a task; texts and labels below say a full run's settings. It shows that "
+          "everything runs, not what the algorithms can.\n"] * (data.FOLDER.name == "quick"),
         *table(("what", "command", "claims that hold", "that do not", "not resolvable", "our own: yes, no, open"), summary), "## The papers' claims, here\n",
         "Higher: p < 0.05, two-sided, p the larger of two tests. Of the episodes: exact sign flips of the differences on the same initial states, each the mean over",
         "the seeds, where it says paired (of one seed each that is McNemar's test), else two proportions. Of the seeds: Student's t; one run against one has none, so its",
-        "verdict is on those two runs; one against three can show large gaps only. At most 5 lower: one-sided, at 5 %. At least: the Wilson interval of one seed's",
-        "episodes around the mean lies on one side. On every seed, in every run: all of them, or none. Otherwise not resolvable. Not corrected for the number of claims.",
-        "In brackets the paper's numbers. Distill is VLA-OPD, exact, where nothing else is said; the paper's estimator is the sampled one, which ends lower here.\n",
+        "verdict is on those two runs; one against three can show large gaps only. At most 5 lower: one-sided, at 5 %; p is that of the side found. At least: one",
+        "seed's Wilson interval, around the mean, lies on one side. On every seed, in every run: all or none. Otherwise not resolvable. Not corrected for the number of",
+        "claims. In parentheses our suites; the paper's numbers. Distill is VLA-OPD, exact (in Figure 4: exact reverse KL), where nothing else is said; the paper's estimator is",
+        "the sampled one, which ends lower here.\n",
         *table(("where", "claim", "rule", "measured", "verdict"), [(where, *c) for where, whose, *c in told if whose == "paper"]),
         "## Questions of our own\n", "What neither paper says, by the same rules.\n",
         *table(("where", "claim", "rule", "measured", "verdict"), [(where, *c) for where, whose, *c in told if whose == "ours"]), *body])
