@@ -93,6 +93,11 @@ def test_finished_is_not_run_again_and_changed_is(repo):
     assert json.loads((root / "runs/bench/tabletop-object-opd-g2-1/done.json").read_text())["commit"] == row["commit"]
 
     assert call("opd-fig5 --seeds 1")[3] == []                                           # nothing changed
+    mine = root / "results" / "tabletop-object-opd-g2-1.csv"
+    kept = mine.read_text()
+    mine.write_text("another machine's\n")                                               # git checkout results: evaluated and shown again, not trained again
+    again, = trainings(call("opd-fig5 --seeds 1")[3])
+    assert again.endswith("--run-dir runs/bench/tabletop-object-opd-g2-1 --resume") and mine.read_text() == kept
     with (root / "algos" / "vla_opd.py").open("a") as f:
         f.write("# a comment changes nothing\n")
     assert call("opd-fig5 --seeds 1")[3] == []
@@ -102,6 +107,16 @@ def test_finished_is_not_run_again_and_changed_is(repo):
     with (root / "algos" / "vla_opd.py").open("a") as f:
         f.write("more = 1\n")
     assert len(trainings(call("opd-fig5 --seeds 1")[3])) == 3
+
+
+def test_missing_makes_again_what_started_from_a_run_made_again(repo):
+    """A reference made again has other numbers; a run that started from the former would not fit."""
+    root, call = repo
+    assert call("road-table5 --seeds 1")[0] == 0
+    (root / "results" / "tabletop-multi-object-road-positive-1.csv").unlink()
+    assert "3 jobs, 1 to run" in call("road-table5 --seeds 1 --missing --list")[1]       # the reference is here
+    shutil.rmtree(root / "runs")
+    assert "3 jobs, 3 to run" in call("road-table5 --seeds 1 --missing --list")[1]       # as in a fresh clone
 
 
 def test_jobs_side_by_side_share_the_cores(repo):

@@ -314,6 +314,19 @@ def test_a_smaller_loss_out_of_distribution(tmp_path, monkeypatch):
     assert report.claims[-1][3:] == ("80.0 and 40.0, p = 0.12, paired; seeds 1, 1", "not resolvable")
 
 
+def test_one_seed_is_said_of_the_sides_of_a_claim_alone(tmp_path, monkeypatch):
+    """Two seeds of forward KL, hard CE and exact, one of sampled: only what sampled has a part in is of one seed."""
+    for k, seeds in (("opd-exact", 2), ("dagger-fkl", 2), ("dagger-ce", 2), ("opd-sampled", 1)):
+        [shutil.copy(RESULTS / f"tabletop-object-{k}-{seed}.csv", tmp_path) for seed in range(1, seeds + 1)]
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    report.claims.clear()
+    [*report.opd_fig4()]
+    verdicts = {text: said for _, text, _, _, said in report.claims}
+    alone = {text for text, said in verdicts.items() if said.endswith("(one seed)")}
+    assert "hard CE lowers entropy most (object)" in alone and all("sampled" in text or text.startswith("hard CE") for text in alone)
+    assert verdicts["forward KL dips early (object)"] == "does not hold" and verdicts["reverse KL's entropy lies between (object)"] == "holds"
+
+
 def test_what_no_paper_says_is_not_among_the_papers_claims():
     page = (RESULTS / "README.md").read_text()
     papers, ours = re.split("\n## ", page.split("## The papers' claims, here")[1])[:2]
