@@ -343,7 +343,7 @@ def road_long():
     if {"ppo", "road"} < set(found):
         own, more = lambda k: np.mean([spent(r)[0] for r in read(home, k).values()]), lambda k: whole(home, k)[0]
         yield "On tabletop-repositioning: in distribution the object jumps at step 5, out of it the receptacle does, too. ROAD of 160 iterations and its reference"
-        yield "of 40 are as many steps as PPO of 200.\n"
+        yield "of 40 are as many steps as PPO of 200; in the figure it starts behind its reference.\n"
         yield from table(("algorithm", "seeds", "ID", "OOD", "grasped, OOD", "environment steps"), named(
             found, home, lambda k: cell(k, [home], "ood"), lambda k: spread(ends(k, [home], "ood", "grasped")[0]),
             lambda k: f"{own(k):.0f}" + (f" + {more(k) - own(k):.0f} of the reference" if more(k) > own(k) else "")))

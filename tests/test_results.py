@@ -333,7 +333,7 @@ def test_what_no_paper_says_is_not_among_the_papers_claims():
     assert ours.startswith("Questions of our own")
     for text in ("ends above sampled reverse KL", "in a third of its steps (object)", "160 iterations", "with a warm critic", "with the distillation alone", "maniskill"):
         assert text in ours and text not in papers, text
-    for text in ("in a third of its steps (long)", "ends above forward KL", "ROAD is above PPO out of distribution (7 of 7"):
+    for text in ("in a third of its steps (long)", "ends above forward KL", "ROAD is above PPO out of distribution (7 of our 7"):
         assert text in papers and text not in ours, text
 
 
