@@ -140,8 +140,7 @@ def test_determined_by_task_state_and_seed(env_id, split):
         assert alone.steps[0] == many.steps[slot] and alone.succeeded[0] == many.succeeded[slot]
 
 
-@pytest.mark.parametrize("name", ["mask", "reset_mask"])     # ours, and gymnasium's
-@pytest.mark.parametrize("env_id", SUITES)
+@pytest.mark.parametrize("env_id,name", [*((k, "mask") for k in SUITES), (SUITES[0], "reset_mask")])      # ours, and gymnasium's
 def test_mask_restarts_only_those(env_id, name):
     env, _ = start(env_id)
     old = env.step(disturbed(env, 8))[0]
