@@ -7,7 +7,8 @@ Protocol of SimpleVLA-RL: seed 0, reset, initial state, 10 steps of nothing, the
 once a task, so its furniture is drawn anew in every episode.  RLinf waits 15 steps, the gripper at 0, and evaluates sampled, at temperature 1.6.)
 Actions are the published checkpoints': the last number is 0 to close the gripper, 1 to open it.  LIBERO's own 1 and -1 exist behind `protocol` alone.
 
-Every environment is a process, on a GPU all draw on the first (MUJOCO_EGL_DEVICE_ID chooses).  It runs a whole chunk, then draws what the stock camera saw last: states and frames are the stock ones to the bit.
+Every environment is a process; on GPUs all draw on the first (MUJOCO_EGL_DEVICE_ID chooses).  It runs a whole chunk, then draws what the stock camera saw
+last: states and frames are the stock ones to the bit.
 One that dies, hangs or meets a NaN is replaced, and the new one replays the episode: the simulator is deterministic, so nothing is lost, no script needs to
 know, and stderr tells.  Where a NaN comes back the physics itself blew up: the episode ends there, a failure, and env.broken marks it.
 """

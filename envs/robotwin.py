@@ -3,12 +3,14 @@
 Install RoboTwin as robotwin-platform.github.io says and set ROBOTWIN_ROOT to its folder, and ROBOTWIN_PYTHON to its interpreter if that is another one.
 Every environment is a process of its own there (robotwin_worker.py), alive until close().
 
-Protocol (RoboTwin's eval_policy.py; chunks and picture are SimpleVLA-RL's): an initial state is a seed that the expert solves, found by letting it play; the scene is set up again, gets an
-instruction, and is played in chunks of 25.  Actions are 14 absolute joint positions, not clipped: left arm 6, left gripper (0 closed, 1 open), right arm 6,
-right gripper; obs["state"] has the present ones, for policies with proprioception, as SimpleVLA-RL's and RLinf's (OpenVLA here has none).  The picture is the head camera's, the middle 0.9 of its area at 224 pixels.
+Protocol (RoboTwin's eval_policy.py; chunks and picture are SimpleVLA-RL's): an initial state is a seed that the expert solves, found by letting it play; the
+scene is set up again, gets an instruction, and is played in chunks of 25.  Actions are 14 absolute joint positions, not clipped: left arm 6, left gripper (0 closed, 1 open), right arm 6,
+right gripper; obs["state"] has the present ones, for policies with proprioception, as SimpleVLA-RL's and RLinf's (OpenVLA here has none).  The picture is the
+head camera's, the middle 0.9 of its area at 224 pixels.
     seeds        initial state s is the first of the seeds s .. s + 99 that the expert solves.  ROBOTWIN_SEEDS (or seeds=) names a folder with SimpleVLA-RL's
                  lists, verl/utils/envs/robotwin2/seeds: then these are the initial states, and only the first visit of each needs the expert, to describe it
-    -simplevla   at the end of a name: SimpleVLA-RL's step limits, instructions seen in training, evaluation seeds from where its begin (its very own: ROBOTWIN_SEEDS).  On its copy of RoboTwin (notices itself) a chunk is one
+    -simplevla   at the end of a name: SimpleVLA-RL's step limits, instructions seen in training, evaluation seeds from where its begin (its very own: ROBOTWIN_SEEDS).  On
+                 its copy of RoboTwin (notices itself) a chunk is one
                  smooth motion, success is told after it, and with ROBOTWIN_SEEDS nothing needs the expert
 RoboTwin does not tell what is grasped: info["grasped"] is False, and with fixed_horizon the reward is the change of "the goal holds".
 A simulator that fails ends its episode, a failure, and is replaced; stderr tells, and env.broken marks it.

@@ -128,9 +128,10 @@ def main():
         for name in reversed(jobs):                      # a need stands before who needs it
             todo += [k for k in jobs[name].needs if name in todo and k not in todo and k not in done]
         return todo
-    while args.missing and (more := [k for k, job in jobs.items() if k not in todo and k not in done and set(job.needs) & set(with_needs(todo))]):
-        todo += more                                     # what started from a run that is made again
-    todo = [k for k in jobs if k in with_needs(todo)]
+    todo = with_needs(todo)
+    while args.missing and (more := [k for k, job in jobs.items() if k not in todo and k not in done and set(job.needs) & set(todo)]):
+        todo = with_needs(todo + more)                   # what started from a run that is made again
+    todo = [k for k in jobs if k in todo]
     if args.list:
         for name, job in jobs.items():
             begun = job.note("job.json").get("fingerprint") == job.fingerprint(jobs) and f"begun, {100 * job.progress():.0f} %"
