@@ -119,16 +119,19 @@ def compared():
         steps, minutes = whole("object", k)
         rows.append((STYLE[k][0], len(each), *map(spread, zip(*both)), cell(k, ["object"]), ", ".join(f"{e:.2f}" for e in entropies("object", k).mean(0)[[0, 1, 3]]),
                      f"{np.mean([spent(r, budget)[1] for r in each.values()]):.1f}", f"{steps:.0f}", f"{minutes:.1f}"))
-    return budget, rows
+    pace = [[minutes / steps for steps, minutes in map(spent, each.values())] for each in runs.values()]
+    return budget, rows, max((max(p) / min(p) for p in pace), default=1)
 
 
 def algorithms():
-    (budget, rows), make = compared(), read("object", "make-teacher")
+    (budget, rows, apart), make = compared(), read("object", "make-teacher")
     if not rows:
         return
     yield f"All start from the shipped student: {cell('student', ['object'])}; its teacher: {cell('teacher', ['object'])}. Success at {budget:.0f} environment"
     yield "steps of the run's own (interpolated), and at its end. Area: mean success over those steps, a shorter run keeping its last value. Entropy: nats a token,"
-    yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps (of the longer run, and of seed 2 of GRPO, of exact and of Distill + GRPO: of a busy machine). ROAD's reference critic is a finished PPO run, so"
+    yield "at the first iteration, lowest, last. Minutes: one core, without evaluation, up to those steps" + (
+        f"; of several machines, some of them busy (two seeds of one\nalgorithm are up to {apart:.1f} times apart a step; [ROAD's cost over PPO](#road-vla-d5-cost) is of one)"
+        if apart > 1 else "") + ". ROAD's reference critic is a finished PPO run, so"
     yield "its honest cost, in the last two columns, is both; that of Distill + GRPO is with the distillation before it. The teacher's is in none of them" + (
         f": {np.mean([sum(x.get('charts/samples', 0) for x in r) for r in make.values()]):.0f} pictures of a scripted expert, "
         f"{np.mean([spent(r)[1] for r in make.values()]):.1f} minutes, from the base (made again: {cell('make-teacher', ['object'])}).\n" if make else ".\n")
@@ -696,7 +699,7 @@ def page():
 
 def front():
     """The project's README with the main table in it, between its marks."""
-    budget, rows = compared()
+    budget, rows, _ = compared()
     header = "algorithm", "seeds", f"success, % at {budget:.0f} steps of its own, or at its end", "at its end", "environment steps in all", "minutes in all"
     lines = table(header, [(*row[:3], row[4], *row[7:]) for row in rows])
     text = README.read_text()
