@@ -73,9 +73,9 @@ def test_a_full_folder_and_any_part_of_it_make_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
     fill(tmp_path, jobs.make_jobs(["full"], 2), lambda name: .95 if "opd" in name or "base" in name or "teacher" in name else .4)
     page = report.page()
-    for title, _, section, _ in report.SECTIONS[:-2]:
+    for title, *_ in report.SECTIONS[:-3]:
         assert f"## {title}\n" in page, title
-    assert "| not run |" not in page and "nan" not in page and "Other simulators" not in page and "Runs that failed" not in page
+    assert "| not run |" not in page and "nan" not in page and all(title not in page for title, *_ in report.SECTIONS[-3:])
     for row in ("| VLA-OPD, Table 2 | VLA-OPD, exact, is above its student (87.4, 48.9) | higher | ", "| VLA-OPD, Figure 3 | Distill is above SFT on unseen suites | higher | "):
         found = next(line for line in page.splitlines() if line.startswith(row))
         assert "paired; seeds 2" in found and found.endswith("| holds |")
@@ -96,8 +96,18 @@ def test_a_full_folder_and_any_part_of_it_make_a_page(tmp_path, monkeypatch):
 
 def test_an_empty_folder_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
-    assert report.page().count("| not run |") == len(report.SECTIONS) - 3
+    assert report.page().count("| not run |") == len(report.SECTIONS) - 4
     figures.draw()
+
+
+def test_a_run_that_was_made_again_stands_beside_its_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    for seed, to in ((1, "earlier-2"), (2, "2"), (3, "3")):
+        shutil.copy(RESULTS / f"tabletop-object-opd-exact-{seed}.csv", tmp_path / f"tabletop-object-opd-exact-{to}.csv")
+    first, shown, other = (100 * data.parse(RESULTS / f"tabletop-object-opd-exact-{seed}.csv")[-1]["charts/eval_success"] for seed in (1, 2, 3))
+    page = report.page()
+    assert f"| object | VLA-OPD, exact | 2 | in | {first:.1f} | {shown:.1f} | {shown - first:+.1f} |" in page
+    assert f"{shown - first:+.1f} from the first in the mean, {abs(shown - first):.1f} in size" in page and f"two seeds of these algorithms are {abs(shown - other):.1f} apart" in page
 
 
 def test_other_simulators_are_listed(tmp_path, monkeypatch):
