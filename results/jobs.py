@@ -46,16 +46,18 @@ ALGORITHMS = {
     "teacher": "evaluate.py --checkpoint checkpoints/{env}-teacher", "forget-student": "evaluate.py --checkpoint checkpoints/tabletop-object-student",
     **{f"forget-{k}": f"evaluate.py --checkpoint {{object/{k}}}/checkpoint" for k in ("sft-many", "grpo", "opd-exact", "distill-grpo")},
     **{f"all-states-{k}": f"evaluate.py --checkpoint {{{k}}}/checkpoint --episodes-per-task 100" for k in ("opd-exact", "distill-grpo-slow")},
-    "cost": "../results/cost.py", "gradients": "../results/gradients.py", "entropy": "../results/teacher.py"}
+    "cost": "../results/cost.py", "gradients": "../results/gradients.py", "entropy": "../results/teacher.py",
+    "forgetting": "../results/forgetting.py"}
 TABLES = [                                               # table or figure, suites, algorithms, in the order of `full`, after seed and tabletop-object
     ("opd-table2", SUITES, "student teacher opd-exact grpo distill-grpo sft-many opd-sampled"), ("opd-table2", ("object",), "distill-grpo-long distill-grpo-slow all-states-opd-exact all-states-distill-grpo-slow"),
     ("opd-fig2", ("object", "long"), "student teacher opd-exact grpo opd-sampled distill-grpo"),
     ("opd-fig4", ("object", "two-arm"), "opd-exact opd-sampled dagger-fkl dagger-ce"), ("opd-fig4", ("",), "entropy"),
     ("opd-fig4", ("object",), "plain-exact plain-sampled plain-fkl plain-ce fkl-fine sharp-exact sharp-sampled sharp-fkl sharp-ce"),
     ("opd-fig5", ("object",), "opd-exact opd-g2 opd-g4"),
+    ("opd-fig2", ("long",), "make-teacher"),
     ("algorithms", ("object",), "student teacher opd-exact opd-sampled opd-g2 opd-g4 dagger-fkl dagger-ce grpo distill-grpo ppo road opd-rollout-reward make-teacher distill-grpo-slow"),
     ("opd-table3", ("two-arm",), "student teacher opd-exact opd-sampled grpo distill-grpo"),
-    ("opd-fig3", ("object", "goal", "spatial"), "base"), ("opd-fig3", ("object",), "student"),
+    ("opd-fig3", ("",), "forgetting"), ("opd-fig3", ("object", "goal", "spatial"), "base"), ("opd-fig3", ("object",), "student"),
     ("opd-fig3", ("goal", "spatial"), "forget-student forget-sft-many forget-grpo forget-opd-exact forget-distill-grpo"),
     *[(table, SHIFTS, "student ppo road") for table in ("road-table1", "road-fig2", "road-fig3", "road-fig5")],
     ("road-table2", ("repositioning",), "ppo road road-jsd road-no-gate text-rel-spatial text-plan-rel-spatial text-mcts"),
@@ -85,7 +87,8 @@ BIG |= dict(evaluate="--dtype bfloat16 --query-batch-size 32 --num-envs 64",
             grpo=f"{BIG['grpo']} --learning-rate 1e-4 --temperature 1.6 --updates-per-rollout 4")
 BIG |= {k: f"{BIG[k]} --learning-rate 1e-4 --updates-per-rollout 32" for k in ("ppo", "road_vla")}
 # Iterations by default and seconds of one core for each; suites whose episodes are longer: what the time left starts from.
-COST = dict(vla_opd=(10, 30), dagger_forward_kl=(10, 30), dagger_hard_ce=(10, 30), grpo=(10, 50), ppo=(40, 6), road_vla=(40, 8), road_vla_text=(40, 9), sft=(30, 45))
+COST = dict(vla_opd=(10, 30), dagger_forward_kl=(10, 30), dagger_hard_ce=(10, 30), grpo=(10, 50), ppo=(40, 6), road_vla=(40, 8), road_vla_text=(40, 9), sft=(30, 45),
+            forgetting=(1, 1500))
 LONG = ("tabletop-long", "tabletop-two-arm")
 
 
@@ -126,7 +129,7 @@ class Job:
         return json.loads((self.folder / name).read_text()) if (self.folder / name).exists() else {}
 
     def fingerprint(self, jobs):
-        sources = [self.words[0], *(() if self.splits else (f"algos/{k}.py" for k in ("ppo", "road_vla", "vla_opd")))]       # a script of results/ measures these
+        sources = [self.words[0], *(() if self.splits else (f"algos/{k}.py" for k in ("ppo", "road_vla", "vla_opd", "grpo", "sft")))]        # what results/ measures
         code = "\n".join(ast.unparse(ast.parse((ROOT / k).read_text())) for k in sources)                                    # a comment changes nothing
         return hashlib.sha256(json.dumps([code, self.words, self.play, *(jobs[k].fingerprint(jobs) for k in self.needs)]).encode()).hexdigest()[:16]
 
