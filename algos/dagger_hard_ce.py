@@ -9,10 +9,10 @@ VLA-OPD's third objective: L = -log p(argmax q), at the states of the student's 
 What matters, and why
  1. The states are the student's (DAgger), with no mixing in of the teacher's actions: what differs from vla_opd.py is the loss alone.
  2. Autoregressive tokens are labelled after the student's own prefix.  An argmax says nothing of how sure the teacher is: where it hesitates, noise is the label.
- 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, a teacher's too.
+ 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, whoever's they are.
  4. A rollout serves several optimiser steps (--updates-per-rollout).  The loss has no sampled action to reweigh, so there is no ratio.
- 5. --loss-agg sum is that of VLA-OPD's Algorithm 1: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq, as
-    RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
+ 5. --loss-agg sum is VLA-OPD's: the mean over an optimiser step's trajectories of the sum over time and tokens: long episodes weigh more, and --max-grad-norm clips
+    every step; seq, as RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
  6. The paper gives no learning rate, temperature or weight decay and takes 1 optimiser step per rollout; the defaults suit the tiny model.  RLinf's 2e-6 is for all
     weights.  Under a new LoRA of rank 32 an Adam step moves a weight by a tenth of the rate: the 1e-4 above is RL4VLA's for LoRA, the 1.6 SimpleVLA-RL's.
 """

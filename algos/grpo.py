@@ -11,12 +11,12 @@ What matters, and why
  1. A = (R - group mean) / (group std + 1e-6), unbiased std, the same on every token of a trajectory.  No KL to a reference, no entropy bonus, no critic.
  2. Dynamic sampling: groups with a success rate outside [--keep-low, --keep-high] are replaced by new prompts; all-equal ones teach nothing, A = 0.  (*) As
     many as are missing (there: a whole batch, the surplus kept), in --max-rollouts rollouts at most; both kinds are logged.  (RLinf replaces none, and averages over all.)
- 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, a teacher's too.
+ 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, whoever's they are.
  4. Clip-higher: a token's ratio p/p_old may rise by 0.28 but fall by 0.2 only, so that rare tokens can grow.
  5. --loss-agg seq: the mean over an optimiser step's trajectories of the mean over a trajectory's tokens; token: the mean over all tokens.
     Tokens behind the episode's end, inside a chunk too, are no part of the trajectory: weight 0.  (TorchRL's vla_grpo trains on those, too.)
- 6. (*) Training and evaluation have different initial states.  Defaults suit the tiny student; 1e-4 is RL4VLA's for LoRA (SimpleVLA-RL: 5e-6, all weights).  A
-    distilled policy fails rarely, so an iteration teaches it little: at the default rate it gets worse on average, at a lower one better, slowly (results/).
+ 6. (*) Training and evaluation have different initial states.  Defaults suit the tiny student; 1e-4 is RL4VLA's for LoRA (SimpleVLA-RL: 5e-6, all weights).  A distilled
+    policy fails rarely: few groups are kept, and make as many steps, noisier ones.  At the default rate it gets worse on average, at a lower one better, slowly (results/).
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass

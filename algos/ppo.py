@@ -8,8 +8,8 @@ RL4VLA's PPO (gen-robot/RL4VLA), the baseline of ROAD-VLA (there: --max-grad-nor
 
 What matters, and why
  1. The value head reads the state of the last prompt token, which exists before any action token: a value costs no decoding.  Its gradient reaches the policy.
- 2. One ratio an action, the product over the action's tokens (--ratio action); --ratio token takes each token's.  RL4VLA's buffer copies the action's
-    log-probability once a token and sums over the copies, which multiplies the policy loss, not the value loss, by 7.  (*) Here it counts once.
+ 2. One ratio an action, the product over the action's tokens (--ratio action); --ratio token: one a token, the loss their mean, a 7th as strong.  RL4VLA's buffer
+    copies the action's log-probability once a token and sums over the copies, which multiplies the policy loss, not the value loss, by 7.  (*) Here it counts once.
  3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them.  (*) RL4VLA rounds the old ones to bfloat16
     in the ratio, old values, returns and advantages too.
  4. Episodes have a fixed horizon: success does not end them.  The reward is the change of 0.1 grasped + 0.1 kept (5 steps in a row) + 1 (goal holds, and grasped).

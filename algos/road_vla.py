@@ -18,7 +18,7 @@ What matters, and why
  4. Algorithm 1 has this loss alone (--no-ppo-term --entropy-coefficient 0, beside the critic's); Table 4 (0.5, entropy 0.01) reads as PPO + 0.5 of it: the default.
  5. The mean is over all executed tokens (eq. 12), the advantage statistics over the whole rollout.  Learning rates are constant, not the paper's cosine.
  6. The current critic is new (or --student's, a folder of ppo.py's).  The paper's is "initially poorly calibrated", as if new; 90 % of its signs agree, as if warm (--warm-critic).
- 7. The reference is a finished PPO run, so the honest cost of ROAD is PPO + ROAD: the reference's steps and minutes are logged (charts/reference_*).
+ 7. The reference is a finished PPO run, by default of the same seed, so of the same prompts.  The honest cost is PPO + ROAD: its part is logged (charts/reference_*).
 """
 import datetime, json, math, os, re, shutil, sys, time, warnings
 from dataclasses import asdict, dataclass
@@ -547,7 +547,7 @@ def main(args):
     policy, reference = model.policy, ActorCritic(str(source / "checkpoint"), args, device, trainable=False).requires_grad_(False)
     frozen = {k: p for k, p in policy.named_parameters() if not p.requires_grad}         # under LoRA the base; the reference's is the same: kept once
     [setattr(p, "data", frozen[k].data) for k, p in reference.policy.named_parameters() if k in frozen and torch.equal(p, frozen[k])]
-    ours, theirs = vars(args) | vars(policy), flags | vars(reference.policy)             # env and gamma are flags, image and chunk the policies' attributes
+    ours, theirs = (given | dict(image=p.image, chunk=p.chunk) for given, p in ((vars(args), policy), (flags, reference.policy)))
     [sys.exit(f"{source} has {k} {theirs[k]}, not {ours[k]}: --reference must be of the same") for k in ("env", "gamma", "image", "chunk") if ours[k] != theirs[k]]
     args.updates_per_rollout > (queries := episodes * -(-env.suite.max_steps // policy.chunk)) and sys.exit(f"--updates-per-rollout: at most a rollout's {queries} queries")
     args.warm_critic and not args.resume and model.value.load_state_dict(reference.value.state_dict())

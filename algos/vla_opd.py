@@ -10,14 +10,14 @@ student follows the policy gradient of the reward r = log q(a|s) - log p(a|s), p
 What matters, and why
  1. r is used raw: no baseline, no group mean, no whitening.  It is zero where the two agree; any normalisation would destroy that.
  2. r carries no gradient (sampled).  grad KL(p||q) = -E_p[r grad log p] exactly: the term through r has mean zero, so exact, which keeps it, is the same.
- 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, a teacher's too.
+ 3. Probabilities are over the 256 action tokens, in float32, at the temperature that sampled them, whoever's they are.
  4. A rollout serves several optimiser steps (--updates-per-rollout; 1 is Algorithm 1).  From the second on its samples are off-policy: sampled's ratio p/p_old
     keeps the estimate unbiased for a token at its state, if r is that of the current p.  With the r of the rollout (--reward rollout) the surrogate
     E_old[p/p_old r] is linear in p: best is all on the luckiest token.  (RLinf's rerun: the r of the rollout, no ratio, 8 steps on long.)
  5. --estimator sampled is the paper's.  The default, exact, sums over all 256 tokens instead: the same expectation at the visited states without the
     sampling noise, and it learns 1.5 to over 3 times as fast (results/, Figure 2).  The k3 estimator is no loss: its gradient is the forward KL's.
- 6. --loss-agg sum is the paper's: the mean over an optimiser step's trajectories of the sum over time and tokens, so long episodes weigh more; seq, as
-    RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
+ 6. --loss-agg sum is the paper's: the mean over an optimiser step's trajectories of the sum over time and tokens: long episodes weigh more, and --max-grad-norm clips
+    every step; seq, as RLinf: of the mean over a trajectory's tokens; token: the mean over all tokens.  Tokens behind an episode's end, inside a chunk too, weigh 0.
  7. The paper gives no learning rate, temperature or weight decay and takes 1 optimiser step per rollout; the defaults suit the tiny model.  RLinf's 2e-6 is for all
     weights.  Under a new LoRA of rank 32 an Adam step moves a weight by a tenth of the rate: the 1e-4 above is RL4VLA's for LoRA, the 1.6 SimpleVLA-RL's.
 """

@@ -1,7 +1,7 @@
 """A tabletop in NumPy: the embedded simulator.  All environments advance together as arrays, 64x64 RGB, no download.
 
 The table is [-1, 1] x [-1, 1], seen from the front and above: x to the right, y away, z up.  A gripper that closes within an object's radius of its centre
-holds it; an object let go drops where it is.  A task is a list of subgoals that must come true in order.  Scenes depend on (suite, task, init_state) alone,
+holds it; an object let go drops where it is.  A task is a list of subgoals that must come true in order.  Scenes depend on (suite, task, init_state, ood) alone,
 what changes during an episode (jumps, textures) on the seed as well.
 """
 import functools

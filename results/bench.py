@@ -38,7 +38,8 @@ def run(jobs, todo, results, slots, gpus, lock):
     base = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     shown = gpus or os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     card = [say("nvidia-smi", "-i", shown[0], "--query-gpu=name", "--format=csv,noheader")] if shown[0] not in ("", "-1") and shutil.which("nvidia-smi") else []
-    origin = dict(machine=", ".join([f"{os.cpu_count()} cores", platform.machine(), *card]),
+    named = re.search(r"(?m)^model name\s*: (.+)$", open("/proc/cpuinfo").read()) if os.path.exists("/proc/cpuinfo") else None
+    origin = dict(machine=", ".join([f"{os.cpu_count()} cores", named[1] if named else platform.machine(), *card]),
                   versions=f"Python {platform.python_version()}, " + ", ".join(f"{k} {version(k)}" for k in ("torch", "transformers", "numpy")))
     running, number, total = {}, len(todo), sum(jobs[k].seconds for k in todo)
     bar = tqdm(total=round(total), smoothing=0, bar_format="{l_bar}{bar}| {postfix[0]} of {postfix[1]} jobs, {elapsed} gone, {remaining} left", postfix=[0, number])

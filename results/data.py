@@ -1,5 +1,6 @@
 """What the CSV files say, and the statistics: for report.py and figures.py."""
 import csv
+import json
 import math
 import re
 from functools import cache
@@ -10,6 +11,7 @@ import numpy as np
 from jobs import SIMULATORS
 
 FOLDER, used = Path(__file__).resolve().parent, set()    # the folder in use; the runs read since it was cleared
+FIRST = False                                            # of runs that were made twice, read the first (NAME-earlier-SEED)
 SUITES = ("spatial", "object", "goal", "long")
 SHIFTS = ("unseen-table", "dynamic-texture", "dynamic-noise", "multi-object", "multi-receptacle", "init-pose", "repositioning")
 VISUAL = SHIFTS[:3]
@@ -48,7 +50,9 @@ def parse(path):
 def find(folder, suite, algorithm, tail):
     """{seed: path}; what has no seed, an evaluated checkpoint, is seed 0."""
     name = f"{suite}-{algorithm}" if suite.split("-")[0] in SIMULATORS else f"tabletop-{suite}-{algorithm}"
-    return {int(p.name[len(name):].removesuffix(tail)[1:] or 0): p for p in sorted([*folder.glob(f"{name}-[0-9]{tail}"), *folder.glob(f"{name}{tail}")])}
+    named = lambda folder, name, tail: {int(p.name[len(name):].removesuffix(tail)[1:] or 0): p for p in sorted([*folder.glob(f"{name}-[0-9]{tail}"), *folder.glob(f"{name}{tail}")])}
+    again = named(FOLDER, f"{name}-earlier", ".csv") if FIRST else {}
+    return {seed: p for seed, p in named(folder, name, tail).items() if seed not in again} | (named(folder, f"{name}-earlier", tail) if again else {})
 
 
 def read(suite, algorithm):
@@ -168,11 +172,17 @@ def spent(rows, budget=np.inf):
     return np.array([steps[-1], (np.interp(budget, steps, seconds) if budget < steps[-1] else seconds[-1]) / 60])
 
 
+def teaching(suite, algorithm):
+    """What making the teacher costs those that have one, if that was measured: pictures of an expert, one a step, and minutes."""
+    taught = algorithm.startswith(("opd-", "dagger-", "fkl-", "distill-grpo"))
+    return np.mean([(sum(r.get("charts/samples", 0) for r in rows), spent(rows)[1]) for rows in (read(suite, "make-teacher") if taught else {}).values()] or [(0, 0)], 0)
+
+
 def whole(suite, algorithm):
-    """The same, mean over the seeds, with the run that it starts from (Distill + GRPO) or whose critic is the reference (ROAD)."""
+    """Steps and minutes, mean over the seeds, with the run that it starts from (Distill + GRPO) or whose critic is the reference (ROAD), and the teacher's."""
     before = read(suite, "opd-exact") if algorithm.startswith("distill-grpo") else {}
     return np.mean([spent(rows) + [rows[0].get(f"charts/reference_{k}", 0) for k in ("env_steps", "minutes")] + (spent(before[seed]) if seed in before else 0)
-                    for seed, rows in read(suite, algorithm).items()], 0)
+                    for seed, rows in read(suite, algorithm).items()], 0) + teaching(suite, algorithm)
 
 
 def objectives():
@@ -196,6 +206,16 @@ def forgetting():
             rest = [np.mean([v for t, v in tasks(u[seed]).items() if t in able[suite]]) for u, suite in zip(unseen, able)]
             points.setdefault(k, []).append([np.mean([*seen[seed].values()]), *rest])
     return points if points.keys() & {"sft-many", "grpo", "opd-exact"} else {}, able
+
+
+def trajectories():
+    """{algorithm: [(iteration, seen, unseen on goal, unseen on spatial)]} of every checkpoint of one run (forgetting.py)."""
+    path, able = FOLDER / "forgetting.json", forgetting()[1]
+    if not path.exists() or not all(able.values()):
+        return {}
+    used.add("forgetting")
+    return {k: np.array([(r["iteration"], r["object"], *(np.mean([r[suite][int(t)] for t in able[suite]]) for suite in able)) for r in rows])
+            for k, rows in json.loads(path.read_text()).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- statistics

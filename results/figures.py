@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 import data
 from data import SHIFTS, STYLE, curve, curves, ends, read, there
 
-matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 180})
-STEPS, ITERATION, SUCCESS, ENTROPY = "environment steps, thousands", "iteration", "greedy success", "entropy, nats a token"
+matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 250})
+STEPS, ITERATION, SUCCESS, ENTROPY = "1000 environment steps", "iteration", "greedy success", "entropy (nats)"
 OOD, ALONE = "charts/ood_success", " (one seed)"
 LONGER = {"distill-grpo-long": "#0072b2", "distill-grpo-slow": "#d55e00"}
-OKABE_ITO = ("#000000", "#e69f00", "#f0e442", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
+OKABE_ITO = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
 
 
 def band(axis, suite, algorithm, key="charts/eval_success", x="steps", label=""):
@@ -24,7 +24,8 @@ def band(axis, suite, algorithm, key="charts/eval_success", x="steps", label="")
         lines = {seed: c + [[rows[0]["charts/reference_env_steps"]], [0]] for (seed, c), rows in zip(lines.items(), read(suite, algorithm).values())}
     if not lines:
         return
-    grid = np.linspace(max(c[0][0] for c in lines.values()), min(c[0][-1] for c in lines.values()), 100)
+    first, last = max(c[0][0] for c in lines.values()), min(c[0][-1] for c in lines.values())
+    grid = np.unique([x for c in lines.values() for x in (*c[0], first, last) if first <= x <= last])
     y = np.array([np.interp(grid, *c) for c in lines.values()])
     low, high = y.min(0), y.max(0)
     if len(y) == 1 and key.endswith("success"):
@@ -44,7 +45,7 @@ def entitle(axis, title):
 
 
 def panels(rows, columns, height=2.1, **kw):
-    figure = Figure(figsize=(7, height * rows + .4), layout="constrained")
+    figure = Figure(figsize=(5, .85 * height * rows + .4), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **kw)
 
 
@@ -74,12 +75,12 @@ def grid_of(name, algorithms, suites, columns, legend=4, labels={}):
         for axis, (key, x, label, below) in zip(line, columns):
             for k in algorithms:
                 band(axis, suite, k, key, x, labels.get(k))
-            if key == "charts/eval_success":
+            if key == "charts/eval_success" and "road-long" not in algorithms:
+                axis.set_ylim(0, 1)
                 for value in ends("teacher", [suite])[0]:
                     axis.axhline(value, color="#000000", ls=":", lw=.8, label="Teacher")
             axis.set(ylabel=label, xlabel=below if suite == suites[-1] else "")
             entitle(axis, f"tabletop-{suite}")
-            key.endswith("success") and axis.set_ylim(0, 1)
     save(figure, name, legend)
 
 
@@ -109,7 +110,7 @@ def draw():
                     axis.fill_between(next(iter(lines.values()))[0], y.min(0), y.max(0), color=colour, alpha=.18, lw=0)
                 n = sorted({len(curves(suite, k, key)) for k in names.values()})
                 many = f"{n[0]} seed{'s' * (n[0] > 1)}" if len(n) == 1 else f"{n[0]} to {n[-1]} seeds"
-                axis.set(title=f"{title} ({many})", ylabel=label, xlabel=ITERATION if i == len(families) else "")
+                axis.set(title=f"{title.removeprefix('object, ')} ({many})", ylabel=label, xlabel=ITERATION if i == len(families) else "")
             line[0].set_ylim(0, 1)
         save(figure, "opd-fig4.png")
     if longer := [k for _, k in there(("distill-grpo-long", "distill-grpo-slow"), ["object"])]:
@@ -121,45 +122,49 @@ def draw():
             right.lines[-1].set(color=LONGER[k], ls="-"), right.collections[-1].set_color(LONGER[k])
         for value in ends("teacher", ["object"])[0]:
             right.axhline(value, color="#000000", ls=":", lw=.8, label="Teacher")
-        left.set(title="tabletop-object: rollouts, sampled, running mean of 5", xlabel=ITERATION, ylabel="success", ylim=(None, 1))
-        right.set(title="tabletop-object: evaluation, greedy", xlabel=ITERATION)
+        left.set(title="object: sampled, running mean of 5", xlabel=ITERATION, ylabel="success", ylim=(None, 1))
+        right.set(title="object: greedy", xlabel=ITERATION)
         save(figure, "opd-table2.png", 3)
     grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)],
             labels={"opd-exact": "VLA-OPD, exact, G = 8"})
-    for name, others in (("alpha", ("road-alpha-0", "road", "road-alpha-1")), ("reference", (*(f"road-reference-{n}" for n in (10, 20, 30)), "road"))):
+    for name, others, own in (("alpha", ("road-alpha-0", "road", "road-alpha-1"), "alpha = 0.5"),
+                              ("reference", (*(f"road-reference-{n}" for n in (10, 20, 30)), "road"), "reference of 40 iterations")):
         if len(there(others, ["repositioning"])) > 1:
             grid_of(f"road-{name}.png", others, ["repositioning"],
-                    [(OOD, "iteration", "success, out of distribution", ITERATION), ("losses/critic_agreement", "iteration", "critics agree", ITERATION)])
+                    [(OOD, "iteration", "success, OOD", ITERATION), ("losses/critic_agreement", "iteration", "critics agree", ITERATION)], labels={"road": f"ROAD-VLA, {own}"})
     if there(("ppo-long", "road-long"), ["repositioning"]):
         grid_of("road-long.png", ("ppo-long", "road-long"), ["repositioning"],
-                [("charts/eval_success", "steps", "success, in distribution", STEPS), (OOD, "steps", "success, out of distribution", STEPS)])
+                [("charts/eval_success", "steps", "success, ID", STEPS), (OOD, "steps", "success, OOD", STEPS)])
     if points := data.forgetting()[0]:
-        figure, axes = panels(1, 2, 2.5, sharex=True, sharey=True)
-        for k, seeds in points.items():
-            for axis, i, suite in zip(axes[0], (1, 2), ("goal", "spatial")):
-                axis.scatter(*np.array(seeds)[:, [0, i]].T, s=70 if k == "base" else 28, marker=dict(base="*", student="s").get(k, "o"), label=STYLE[k][0],
+        figure, axes = panels(1, 2, 2.8, sharex=True, sharey=True)
+        paths = data.trajectories()
+        for axis, i, suite in zip(axes[0], (1, 2), ("goal", "spatial")):
+            for k, seeds in points.items():
+                if k in paths:                           # from where it starts
+                    start = points["opd-exact" if k == "distill-grpo" else "student"][0]
+                    way = np.vstack([[start[0], start[i]], paths[k][:, [1, 1 + i]]]) if k != "distill-grpo" else paths[k][:, [1, 1 + i]]
+                    axis.plot(*way.T, color=STYLE[k][1], ls=STYLE[k][2], lw=.8, marker=".", ms=3)
+                axis.scatter(*np.array(seeds)[:, [0, i]].T, s=70 if k == "base" else 28, marker=dict(base="*", student="s").get(k, "o"), label=STYLE[k][0], zorder=3,
                              edgecolors=STYLE[k][1], facecolors="none" if k == "distill-grpo" else STYLE[k][1])
-                axis.set(xlabel="seen: success on tabletop-object", ylabel="unseen: success" if i == 1 else "", title=f"unseen: tabletop-{suite}",
-                         xlim=(0, 1.02), ylim=(0, 1.02))
+            axis.set(xlabel="seen: success on tabletop-object", ylabel="unseen: success" if i == 1 else "", title=f"unseen: tabletop-{suite}")
         save(figure, "opd-fig3.png", 6)
     if suites := [suite for suite, _ in there(["road"], SHIFTS)]:
         figure, axes = panels(-(-len(suites) // 4), min(4, len(suites)), 1.7, sharex=True, sharey=True)
         for axis, suite in zip(axes.flat, suites):
             for k in ("ppo", "road"):
                 band(axis, suite, k, OOD)
-            axis.set_ylim(0, 1)
             entitle(axis, suite)
         [axis.axis("off") for axis in axes.flat[len(suites):]]
         [axis.tick_params(labelbottom=True) for axis in axes.flat[max(0, len(suites) - 4):len(suites)]]
-        axes[-1][0].set_xlabel(STEPS), figure.supylabel("success, out of distribution", fontsize=8)
+        axes[-1][len(axes[-1]) // 3].set_xlabel(STEPS), figure.supylabel("success, OOD", fontsize=8)
         save(figure, "road-fig2.png")
         if visual := [suite for suite in suites if suite in data.VISUAL]:
             figure, axes = panels(2, len(visual), 1.7, sharex=True, sharey=True)
-            for line, split, label in zip(axes, ("ood", "eval"), ("out of distribution", "in distribution")):
+            for line, split, label in zip(axes, ("ood", "eval"), ("OOD", "ID")):
                 for axis, suite in zip(line, visual):
                     for k in ("ppo", "road"):
                         band(axis, suite, k, f"charts/{split}_grasped")
-                    axis.set(ylim=(0, 1), ylabel=f"grasped, {label}" if suite == visual[0] else "", xlabel=STEPS if split == "eval" else "")
+                    axis.set(ylabel=f"grasped, {label}" if suite == visual[0] else "", xlabel=STEPS if split == "eval" and suite == visual[len(visual) // 2] else "")
                     entitle(axis, suite)
             save(figure, "road-fig5.png")
         figure, axes = panels(1, 3, 2.3)
@@ -170,14 +175,14 @@ def draw():
                 lines = [c[1] for c in curves(suite, "road", key, "iteration").values()]
                 mean = np.convolve(np.mean([c[:min(map(len, lines))] for c in lines], 0), np.ones(5) / 5, "valid")
                 axis.plot(3 + np.arange(len(mean)), mean, color=OKABE_ITO[i], ls="--" if i % 2 else "-", lw=1.1, label=suite)
-        for axis, label, title in zip(axes[0], (ENTROPY, "mean advantage weight", "critics agree"), ("tabletop-repositioning", *["running mean of 5 iterations"] * 2)):
+        for axis, label, title in zip(axes[0], (ENTROPY, "advantage weight", "critics agree"), ("repositioning", *["running mean of 5"] * 2)):
             axis.set(xlabel=ITERATION, ylabel=label, title=title)
         axes[0][1].axhline(0, color="#999999", lw=.6)
         save(figure, "road-fig3.png", 5)
     for suite in data.rivals():
         figure, axes = panels(2, 3, 2.)
         for axis, key, label in zip(axes.flat, (eval_, OOD, "charts/ood_grasped", "losses/entropy", "losses/mean_weight", "losses/critic_agreement"),
-                                    ("success, in distribution", "success, out of distribution", "grasped, out of distribution", ENTROPY, "mean advantage weight",
+                                    ("success, ID", "success, OOD", "grasped, OOD", ENTROPY, "advantage weight",
                                      "critics agree")):
             for k in ("ppo", "road"):
                 band(axis, suite, k, key, "iteration")
@@ -191,7 +196,7 @@ def draw():
         for teacher in read(data.MINIATURE, "teacher-policy-demos").values():
             left.axhline(teacher[-1]["charts/eval_success"], color="#999999", ls=":", label="teacher, greedy")
         right.plot(*curve(rows, "losses/reverse_kl_exact", "iteration"), color="#d55e00", lw=1.3)
-        left.set(ylabel="success", title=data.MINIATURE), right.set(xlabel=ITERATION, ylabel="KL(student || teacher), nats", ylim=(0, None))
+        left.set(ylabel="success", title=data.MINIATURE), right.set(xlabel=ITERATION, ylabel="reverse KL (nats)", ylim=(0, None))
         save(figure, "libero.png")
     if runs := data.others():
         figure, axes = panels(-(-len(runs) // 3), min(3, len(runs)), 2.1, sharey=True)
@@ -199,5 +204,5 @@ def draw():
         for axis, (name, rows) in zip(axes.flat, runs.items()):
             learning(axis, rows)
             axis.set_ylabel("success" if axis in axes[:, 0] else "")
-            axis.set_title(name.removesuffix("-1").replace("libero-object-nomsaa", "LIBERO").replace("-150-tasks13479", ", 5 tasks").replace("-opd", ":  opd"), fontsize=7)
+            axis.set_title(name.removesuffix("-1").replace("libero-object-nomsaa", "LIBERO").replace("-150-tasks13479", ", 5 tasks").replace("maniskill-two-robot", "ManiSkill").replace("-opd-", ": "), fontsize=7)
         save(figure, "simulators.png")

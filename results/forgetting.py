@@ -56,7 +56,7 @@ def success(model, suite, states=20):
     return vla_opd.rollout(env, model, task, state, "eval", 0., 512)["success"].reshape(10, states).mean(1).tolist()
 
 
-def main(algorithms=("opd-exact", "grpo", "distill-grpo", "sft-many")):
+def main(algorithms=("opd-exact", "grpo", "distill-grpo", "sft-many"), out=HERE / "forgetting.json"):
     RUNS.mkdir(parents=True, exist_ok=True)
     result = {}
     for name in algorithms:
@@ -70,7 +70,7 @@ def main(algorithms=("opd-exact", "grpo", "distill-grpo", "sft-many")):
                 (kept / "unseen.json").write_text(json.dumps(unseen))
             if row["step"]:
                 result.setdefault(name, []).append(dict(iteration=row["step"], object=row["charts/eval_success"], **json.loads((kept / "unseen.json").read_text())))
-    (HERE / "forgetting.json").write_text(json.dumps(result).replace("}, ", "},\n") + "\n")
+    out.write_text(json.dumps(result).replace("}, ", "},\n") + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The numbers on the results page are those of the files beside it; the statistics are what their names say."""
 import csv
 import itertools
+import json
 import math
 import os
 import random
@@ -276,6 +277,51 @@ def test_verdicts(monkeypatch, a, b, margin, verdict):
     assert report.claims[0][-1] == verdict and report.claims[0][0] == "paper"
 
 
+def test_a_verdict_must_survive_the_first_of_two_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    (tmp_path / "episodes").mkdir()
+
+    def played(name, wins):
+        (tmp_path / f"tabletop-object-{name}.csv").write_text("step\n0\n")
+        (tmp_path / f"episodes/tabletop-object-{name}.csv").write_text("task,init_state,success,grasped\n" + "".join(f"0,{i},{int(i < wins)},1\n" for i in range(100)))
+    for seed in (1, 2, 3):
+        played(f"a-{seed}", 80 + seed), played(f"b-{seed}", 50 + seed)
+    judged = lambda: (data.parse.cache_clear(), report.claims.clear(), report.compare("a is above b", "a", "b", ["object"]), report.claims[0])[3]
+    assert judged()[-1] == "holds" and "first" not in judged()[-2]
+    played("b-earlier-1", 60)                            # lower still: it holds with either
+    assert judged()[-1] == "holds" and "82.0 and 52.0, " in judged()[-2] and "; first runs 82.0 and 55.0, " in judged()[-2]
+    played("b-earlier-1", 100)
+    assert judged()[-1] == "not resolvable" and "first runs 82.0 and 68.3, " in judged()[-2]
+    (tmp_path / "episodes/tabletop-object-b-earlier-1.csv").unlink()                     # its episodes were not kept: what its training said last
+    (tmp_path / "tabletop-object-b-earlier-1.csv").write_text("step,charts/eval_success,charts/eval_low,charts/eval_high\n0,1.0,0.963,1.0\n")
+    assert judged()[-1] == "not resolvable" and "first runs 82.0 and 68.3, " in judged()[-2]
+    assert not data.FIRST
+
+
+def test_every_checkpoint_is_kept_and_played(tmp_path, monkeypatch):
+    import forgetting
+    small = "--num-iterations 2 --batch-prompts 2 --num-envs 16 --eval-episodes-per-task 1 --eval-every 1"
+    monkeypatch.setattr(forgetting, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(forgetting, "ALGORITHMS", {"opd-exact": f"vla_opd.py {small}", "distill-grpo": f"grpo.py {small} --student {{opd-exact}}/checkpoint"})
+    monkeypatch.setattr(forgetting.success, "__defaults__", (1,))
+    forgetting.main(("opd-exact", "distill-grpo"), tmp_path / "forgetting.json")
+    found = json.loads((tmp_path / "forgetting.json").read_text())
+    assert [[r["iteration"] for r in rows] for rows in found.values()] == [[1, 2], [1, 2]]
+    for name, rows in found.items():
+        logged = {r["step"]: r["charts/eval_success"] for r in data.parse(tmp_path / "runs" / name / "metrics.csv")}
+        assert all(r["object"] == logged[r["iteration"]] and len(r["goal"]) == len(r["spatial"]) == 10 for r in rows)
+        weights = [(tmp_path / "runs" / f"{name}-{i}" / "model.safetensors").read_bytes() for i in (1, 2)]
+        assert weights[0] != weights[1] == (tmp_path / "runs" / name / "checkpoint" / "model.safetensors").read_bytes()
+    model = forgetting.vla_opd.VLA.load(tmp_path / "runs/opd-exact-2", trainable=False)
+    assert forgetting.success(model, "goal") == found["opd-exact"][1]["goal"]
+    (tmp_path / "runs/opd-exact-1/unseen.json").write_text(json.dumps(dict(goal=[9], spatial=[9])))          # what has been played is not played again
+    forgetting.main(("opd-exact",), tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["opd-exact"][0]["goal"] == [9]
+    monkeypatch.setattr(forgetting, "ALGORITHMS", {"opd-exact": "vla_opd.py --no-such-flag"})
+    with pytest.raises(SystemExit, match="failed; the same command goes on"):
+        forgetting.main(("opd-exact",), tmp_path / "again.json")
+
+
 def test_every_seed_or_none():
     assert report.every([True, True]) is True and report.every([False, False]) is False and report.every([True, False]) is None
     assert report.apart([3, 4], [1, 2]) is True and report.apart([1, 2], [3, 4]) is False and report.apart([1, 4], [2, 3]) is None
@@ -287,9 +333,11 @@ def test_steps_add_up_and_costs_include_what_came_before(tmp_path, monkeypatch):
     assert data.curve(rows).tolist() == [[0, 100, 500], [.2, .4, .8]] and data.curve(rows, x="iteration").tolist() == [[0, 1, 3], [.2, .4, .8]]
     assert data.spent(rows).tolist() == [500, 2] and data.spent(rows, 400).tolist() == [500, 1.5] and data.spent(rows, 250).tolist() == [500, 1.25]
     runs = {"opd-exact": {1: rows}, "distill-grpo": {1: rows[:2]}, "road": {1: [{"charts/reference_env_steps": 7, "charts/reference_minutes": 1}] + rows[1:]}}
-    monkeypatch.setattr(data, "read", lambda suite, algorithm: runs[algorithm])
+    monkeypatch.setattr(data, "read", lambda suite, algorithm: runs.get(algorithm, {}))
     assert data.whole("object", "opd-exact").tolist() == [500, 2]
     assert data.whole("object", "distill-grpo").tolist() == [600, 3] and data.whole("object", "road").tolist() == [507, 3]
+    runs["make-teacher"] = {1: [{"charts/samples": 10, "time/demos": 30}, {"charts/samples": 20, "time/update": 30}]}
+    assert [data.whole("object", k).tolist() for k in ("opd-exact", "distill-grpo", "road")] == [[530, 3], [630, 4], [507, 3]]       # those that have a teacher
 
 
 def test_falls_and_valleys_and_what_is_grasped_and_lost(tmp_path, monkeypatch):
