@@ -556,10 +556,12 @@ def road_cost():
     if (data.FOLDER / "cost.json").exists():
         cost = json.loads((data.FOLDER / "cost.json").read_text())
         ratio = cost["with_reference_over_ppo"]
-        yield "The same minibatches in turns (`python results/cost.py`): an iteration of ROAD without the reference critic's pass takes"
-        yield f"{cost['road_over_ppo']:.2f} times PPO's, {cost['written_out_over_ppo']:.2f} with the teacher written out over 256 tokens instead of the closed"
-        yield f"form, {ratio:.2f} with the reference critic's pass (medians of {cost['repeats']:.0f}, one thread). The paper reports 1.6 (40.8 and"
-        yield "25.4 hours), which it puts down to the teacher's distribution and the KL, not to the reference critic.\n"
+        yield f"The same rollout and minibatches in turns (`python results/cost.py`; {cost['queries']} queries, medians of {cost['repeats']}, one thread). The paper reports 1.6 (40.8 and 25.4"
+        yield "hours), which it puts down to the teacher's distribution and the KL, not to the reference critic.\n"
+        rows = (("PPO", cost["ppo"], 1), ("ROAD, closed form, without the reference's pass", cost["road"], cost["road_over_ppo"]),
+                ("the same, teacher written out over 256 tokens", cost["written_out"], cost["written_out_over_ppo"]),
+                ("ROAD, closed form, with the reference's pass", cost["road"] + cost["reference"], ratio))
+        yield from table(("an iteration", "seconds", "over PPO"), [(name, f"{cost['rollout'] + update:.1f}", f"{over:.2f}") for name, update, over in rows])
         seconds = {k: np.mean([sum(r.get(f"time/{part}", 0) for part in data.PHASES) for rows in read("repositioning", k).values() for r in rows[1:]] or [0]) for k in ("ppo", "road")}
         if all(seconds.values()):
             yield f"By the clock, over the whole runs on tabletop-repositioning, beside other jobs: {seconds['road'] / seconds['ppo']:.2f}.\n"
