@@ -140,10 +140,9 @@ def draw():
         paths = data.trajectories()
         for axis, i, suite in zip(axes[0], (1, 2), ("goal", "spatial")):
             for k, seeds in points.items():
-                if k in paths:                           # from where it starts
-                    start = points["opd-exact" if k == "distill-grpo" else "student"][0]
-                    way = np.vstack([[start[0], start[i]], paths[k][:, [1, 1 + i]]]) if k != "distill-grpo" else paths[k][:, [1, 1 + i]]
-                    axis.plot(*way.T, color=STYLE[k][1], ls=STYLE[k][2], lw=.8, marker=".", ms=3)
+                if k in paths:
+                    start = paths["opd-exact"][-1:, 1:] if k == "distill-grpo" else np.array(points.get("student", np.empty((0, 3))))
+                    axis.plot(*np.vstack([start, paths[k][:, 1:]])[:, [0, i]].T, color=STYLE[k][1], ls=STYLE[k][2], lw=.8, marker=".", ms=3)
                 axis.scatter(*np.array(seeds)[:, [0, i]].T, s=70 if k == "base" else 28, marker=dict(base="*", student="s").get(k, "o"), label=STYLE[k][0], zorder=3,
                              edgecolors=STYLE[k][1], facecolors="none" if k == "distill-grpo" else STYLE[k][1])
             axis.set(xlabel="seen: success on tabletop-object", ylabel="unseen: success" if i == 1 else "", title=f"unseen: tabletop-{suite}")

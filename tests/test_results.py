@@ -56,7 +56,7 @@ def test_full_size_in_small(tmp_path, monkeypatch):
 def fill(folder, every, chance):
     """Files as ./benchmark.sh leaves them; success by chance(name)."""
     (folder / "episodes").mkdir()
-    for name in ("cost.json", "gradients.json", "teacher.json", "full_size.csv"):
+    for name in ("cost.json", "gradients.json", "teacher.json", "forgetting.json", "full_size.csv"):
         shutil.copy(RESULTS / name, folder)
     rng = np.random.default_rng(0)
     for job in every.values():
