@@ -57,6 +57,7 @@ def repo(tmp_path):
         name.startswith("..") or (tmp_path / "algos" / name).write_text(SCRIPT)
     for name in ("bench.py", "jobs.py"):
         shutil.copy(ROOT / "results" / name, tmp_path / "results")
+    (tmp_path / "results" / "forgetting.py").write_text("from pathlib import Path; Path(__file__).with_suffix('.json').write_text('{}')")
     (tmp_path / "results" / "report.py").write_text("import sys; from pathlib import Path; (Path(sys.argv[1]) / 'README.md').write_text('the page')")
 
     def call(words, wait=True):
@@ -179,7 +180,7 @@ def test_needs_come_first_and_their_checkpoints_are_found(repo):
     assert began.index("tabletop-multi-object-ppo-1") < began.index("tabletop-multi-object-road-positive-1")
     assert began.index("tabletop-object-opd-exact-1") < began.index("tabletop-object-distill-grpo-1") < began.index("tabletop-spatial-forget-distill-grpo-1")
     assert (root / "results/episodes/tabletop-multi-object-road-1-ood.csv").exists() and (root / "results/episodes/tabletop-goal-base.csv").exists()
-    assert not (root / "results/tabletop-goal-base.csv").exists()
+    assert not (root / "results/tabletop-goal-base.csv").exists() and (root / "results/forgetting.json").read_text() == "{}"
 
 
 def test_missing_and_list(repo):
@@ -193,7 +194,7 @@ def test_missing_and_list(repo):
     ran = {words.split("--run-dir")[1].split()[0].split("/")[2] for words in calls}
     assert "tabletop-long-opd-exact-1" in ran and "tabletop-long-grpo-1" not in ran      # Distill + GRPO needs the former's checkpoint
     assert (root / "results" / "tabletop-long-grpo-1.csv").read_text() == "measured elsewhere"
-    assert "12 jobs, 0 to run" in call("opd-fig2 --seeds 1 --missing --list")[1] and "12 jobs, 1 to run" in call("opd-fig2 --seeds 1 --list")[1]
+    assert "13 jobs, 0 to run" in call("opd-fig2 --seeds 1 --missing --list")[1] and "13 jobs, 1 to run" in call("opd-fig2 --seeds 1 --list")[1]
 
 
 def test_quick_has_its_own_folder(repo):
