@@ -662,12 +662,13 @@ def rivals():
 
 def again():
     """Runs that were made again by the same command: what the rounding of sums alone may change."""
-    rows, twice, between = [], [], []
+    rows, twice, between, once = [], [], [], {}
     for suite, k in [(s, k) for s in (*SUITES, "two-arm", *SHIFTS) for k in STYLE]:
         for split in ("eval", "ood"):
             if not (other := success(suite, f"{k}-earlier", split)):
                 continue
             mine = success(suite, k, split)
+            once |= {f"{STYLE[k][0]} (seed {seed})": 0 for seed in sorted(other.keys() - mine.keys())}
             for seed in sorted(mine.keys() & other):
                 before, after = 100 * other[seed][0], 100 * mine[seed][0]
                 rows.append((suite, STYLE[k][0], seed, {"eval": "in", "ood": "out"}[split], f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"))
@@ -678,6 +679,8 @@ def again():
         yield "processor, which rounds sums differently, most at another commit with the same algorithm (runs.csv). Greedy success at the end: the second is"
         yield f"{np.mean(twice):+.1f} from the first in the mean, {np.mean(np.abs(twice)):.1f} in size ({sum(d > 0 for d in twice)} of {len(twice)} are higher); two seeds of these algorithms are {np.mean(between):.1f} apart.\n"
         yield from table(("suite", "algorithm", "seed", "distribution", "at first", "shown", "difference"), rows)
+        if once:
+            yield f"What started from a first run and was not made again counts among the first runs alone: {'; '.join(once)}.\n"
 
 
 def failures():

@@ -417,10 +417,12 @@ def test_what_goes_on_from_another_run_goes_on_from_the_one_that_is_shown():
             said = re.search(r"--reference \S*?([\w-]+)$|--reference \S*?([\w-]+) ", commands[name])
             reference = next(filter(None, said.groups()))
             reference = name.replace("-road-", "-ppo-") if reference == "maniskill-ppo" else reference
+            if "-earlier-" in name:                      # a first run of its reference's first run
+                reference = re.sub(r"(-\d)$", r"-earlier\1", reference)
             spent = sum(float(row[f"time/{k}"] or 0) for row in rows[reference] for k in ("rollout", "advantages", "update")) / 60
             assert name in AGAIN or abs(spent - float(minutes[0])) < 1e-6, f"{name} had another reference than {reference}: {minutes[0]} minutes, not {spent}"
             roads.append(name)
-        if (began := re.fullmatch(r"(.*)-distill-grpo(?:-long|-slow)?(-\d)", name)) and (before := f"{began[1]}-opd-exact{began[2]}") in rows:
+        if (began := re.fullmatch(r"(.*)-distill-grpo(?:-long|-slow)?((?:-earlier)?-\d)", name)) and (before := f"{began[1]}-opd-exact{began[2]}") in rows:
             assert mine[0]["charts/eval_success"] == rows[before][-1]["charts/eval_success"], f"{name} did not start from {before}"
             tuned.append(name)
     assert len(roads) > 30 and len(tuned) > 8 and AGAIN < set(roads)
