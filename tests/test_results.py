@@ -303,7 +303,7 @@ def test_every_checkpoint_is_kept_and_played(tmp_path, monkeypatch):
     small = "--num-iterations 2 --batch-prompts 2 --num-envs 16 --eval-episodes-per-task 1 --eval-every 1"
     monkeypatch.setattr(forgetting, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(forgetting, "ALGORITHMS", {"opd-exact": f"vla_opd.py {small}", "distill-grpo": f"grpo.py {small} --student {{opd-exact}}/checkpoint"})
-    monkeypatch.setattr(forgetting.success, "__defaults__", (1,))
+    monkeypatch.setattr(forgetting.success, "__defaults__", (2,))
     forgetting.main(("opd-exact", "distill-grpo"), tmp_path / "forgetting.json")
     found = json.loads((tmp_path / "forgetting.json").read_text())
     assert [[r["iteration"] for r in rows] for rows in found.values()] == [[1, 2], [1, 2]]
@@ -312,8 +312,9 @@ def test_every_checkpoint_is_kept_and_played(tmp_path, monkeypatch):
         assert all(r["object"] == logged[r["iteration"]] and len(r["goal"]) == len(r["spatial"]) == 10 for r in rows)
         weights = [(tmp_path / "runs" / f"{name}-{i}" / "model.safetensors").read_bytes() for i in (1, 2)]
         assert weights[0] != weights[1] == (tmp_path / "runs" / name / "checkpoint" / "model.safetensors").read_bytes()
-    model = forgetting.vla_opd.VLA.load(tmp_path / "runs/opd-exact-2", trainable=False)
-    assert forgetting.success(model, "goal") == found["opd-exact"][1]["goal"]
+    for row in found["opd-exact"]:                       # each by its own checkpoint
+        model = forgetting.vla_opd.VLA.load(tmp_path / f"runs/opd-exact-{row['iteration']}", trainable=False)
+        assert all(forgetting.success(model, suite) == row[suite] for suite in forgetting.UNSEEN)
     (tmp_path / "runs/opd-exact-1/unseen.json").write_text(json.dumps(dict(goal=[9], spatial=[9])))          # what has been played is not played again
     forgetting.main(("opd-exact",), tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text())["opd-exact"][0]["goal"] == [9]
