@@ -29,22 +29,24 @@ def train(name, flags):
     script, *flags = flags.replace("{env}", "tabletop-object").replace("{opd-exact}", str(RUNS / "opd-exact")).split()
     words = [sys.executable, f"algos/{script}", "--env", "tabletop-object", *flags, "--run-dir", str(folder)]
     process = subprocess.Popen(words + ["--resume"] * (folder / "checkpoint").exists(), cwd=HERE.parent)
+    version, seen = lambda: (folder / "checkpoint" / "progress.json").stat().st_mtime_ns, 0
     try:
         while True:
             ended = process.poll() is not None
             try:
-                before = (folder / "checkpoint").stat().st_ino
-                shutil.rmtree(RUNS / "copy", ignore_errors=True)
-                shutil.copytree(folder / "checkpoint", RUNS / "copy")
-                kept = RUNS / f"{name}-{json.loads((RUNS / 'copy' / 'progress.json').read_text())['step']}"
-                whole = before == (folder / "checkpoint").stat().st_ino                      # the script may have put the next one there meanwhile
-                whole and not kept.exists() and (RUNS / "copy").rename(kept)
+                if (before := version()) != seen:
+                    shutil.rmtree(RUNS / "copy", ignore_errors=True)
+                    shutil.copytree(folder / "checkpoint", RUNS / "copy")
+                    kept = RUNS / f"{name}-{json.loads((RUNS / 'copy' / 'progress.json').read_text())['step']}"
+                    if before == version():              # else the script has put the next one there meanwhile
+                        kept.exists() or (RUNS / "copy").rename(kept)
+                        seen = before
             except (OSError, shutil.Error):
                 pass
             if ended:
                 process.returncode and sys.exit(f"{' '.join(words)} failed; the same command goes on from its last checkpoint")
                 return json.loads((folder / "checkpoint" / "progress.json").read_text())["rows"]
-            time.sleep(1)
+            time.sleep(.02)
     finally:
         process.terminate()
 
