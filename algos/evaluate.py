@@ -369,3 +369,4 @@ def show(name, success):
 
 if __name__ == "__main__":
     main(args)
+    dist.is_initialized() and dist.destroy_process_group()               # else gloo's threads may abort the process as it ends

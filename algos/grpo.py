@@ -490,8 +490,7 @@ def main(args):
         success = evaluate(env, student, "eval", args.eval_episodes_per_task, 0., args.query_batch_size, args.seed, rank, world, video)[0]
         return dict(zip(("charts/eval_success", "charts/eval_low", "charts/eval_high"), (success.mean(), *wilson(success))))
     args.resume or run.log(0, test())
-    bar = tqdm(range(first + 1, args.num_iterations + 1), initial=first, total=args.num_iterations, disable=rank > 0, dynamic_ncols=True)
-    for iteration in bar:
+    for iteration in (bar := tqdm(range(first + 1, args.num_iterations + 1), initial=first, total=args.num_iterations, disable=rank > 0, dynamic_ncols=True)):
         rng = np.random.default_rng([args.seed, iteration, rank])                        # so that --resume needs no random state
         generator, clock = torch.Generator(device).manual_seed(int(rng.integers(2 ** 62))), [time.time()]
 
@@ -544,3 +543,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(args)
+    dist.is_initialized() and dist.destroy_process_group()               # else gloo's threads may abort the process as it ends

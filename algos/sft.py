@@ -679,8 +679,7 @@ def main(args):
     bins = torch.arange(BINS, device=device)
     labels = torch.softmax(-.5 * ((bins[:, None] - bins) / args.smoothing) ** 2, -1) if args.smoothing else F.one_hot(bins).float()
 
-    bar = tqdm(range(first + 1, args.num_iterations + 1), initial=first, total=args.num_iterations, disable=rank > 0, dynamic_ncols=True)
-    for iteration in bar:
+    for iteration in (bar := tqdm(range(first + 1, args.num_iterations + 1), initial=first, total=args.num_iterations, disable=rank > 0, dynamic_ncols=True)):
         began = time.time()
         if args.fresh_demos or iteration == first + 1:   # the same in every process; each then takes its share
             rng = np.random.default_rng([args.seed, iteration * args.fresh_demos])       # so that --resume needs no random state
@@ -724,3 +723,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(args)
+    dist.is_initialized() and dist.destroy_process_group()               # else gloo's threads may abort the process as it ends

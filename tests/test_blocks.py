@@ -53,6 +53,12 @@ def test_an_altered_copy_is_found_and_mended(path, tmp_path, monkeypatch):
     assert any("mystery" in f for f in sync_blocks.main(check=True))
 
 
+def test_they_end_alike():
+    """Each leaves its process group: without that some are aborted as they end."""
+    ends = {p.read_text().rpartition('\n\nif __name__')[2] for p in SCRIPTS}
+    assert len(ends) == 1 and "destroy_process_group" in ends.pop()
+
+
 # ---------------------------------------------------------------------------------------------------------------- sources
 @pytest.mark.parametrize("name", LIMITS)
 def test_size(name):

@@ -185,6 +185,25 @@ def test_torchrun(tmp_path):
     vla_opd.VLA.load(tmp_path / "run" / "checkpoint")
 
 
+@small.two_devices
+def test_torchrun_evaluates_and_ends(tmp_path):
+    """What one process finds, and nothing of the process group is left to end with Python: its threads abort some processes then."""
+    (tmp_path / "ends.py").write_text("""import atexit, runpy, sys, torch.distributed as dist
+atexit.register(lambda: sys.stdout.write(f"process {dist.is_initialized() and 'left a group'}\\n"))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")""")
+    given = dict(checkpoint=small.checkpoints(tmp_path)["student"], episodes_per_task=1, num_envs=8, device=small.DEVICE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(small.free_port()), str(tmp_path / "ends.py")]
+    greedy = []
+    for name, words in (("alone", [sys.executable]), ("both", torchrun)):
+        status, out, err = small.call(words + small.command("evaluate.py", run_dir=name, **given)[1:], tmp_path)
+        assert status == 0 and "Traceback" not in err, err
+        greedy.append([r for r in csv.DictReader(open(tmp_path / name / "episodes.csv")) if r["mode"] == "greedy"])
+    assert out.count("process False") == 2 and out.count("episodes: ") == 1, out
+    assert greedy[0] == greedy[1] and len(greedy[0]) == 10
+
+
+
 def test_two_arms(tmp_path, monkeypatch):
     """14 dimensions, chunk x 14 tokens, through every script."""
     small.shorten(monkeypatch)
