@@ -5,6 +5,7 @@ import math
 import re
 from functools import cache
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -233,13 +234,19 @@ def iqm(x, repeats=2000):
     return middle(x[None])[0], *np.percentile(middle(drawn), (2.5, 97.5))
 
 
-def sign_flips(differences):
-    """Exact two-sided p value of a sum of whole numbers, were the sign of each a coin's.  Of +-1 it is McNemar's test."""
+def flips(differences):
+    """How likely a sum of whole numbers is 0, 1, 2, ... or more in size, were the sign of each a coin's."""
     chances = np.ones(1)
     for k in np.abs(differences[differences != 0]):
         chances = np.convolve(chances, [.5, *[0] * (2 * k - 1), .5])
-    middle = len(chances) // 2
-    return min(1., chances[abs(np.arange(len(chances)) - middle) >= abs(differences.sum())].sum())
+    sizes = chances[len(chances) // 2:] * 2
+    sizes[0] /= 2
+    return sizes[::-1].cumsum()[::-1].clip(max=1.)
+
+
+def sign_flips(differences):
+    """Exact two-sided p value of the sum.  Of +-1 it is McNemar's test."""
+    return float(flips(differences)[abs(differences.sum())])
 
 
 def paired(a, b, suites, split="eval", key="success"):
@@ -258,17 +265,31 @@ def student(t, freedom):
     return max(0., 1 - 2 * float(((y[1:] + y[:-1]) / 2 * np.diff(angle)).sum()))
 
 
-def differ(a, b, n, states=None, margin=0.):
-    """Two-sided p value of a difference of mean success (from -margin), n episodes a seed: the larger of that of the episodes (paired, where the differences on
-    the same initial states are known) and that of the seeds (Student's t, one variance for both).  A number instead of seeds: one checkpoint, the same for all."""
+def doubt(a, b, n):
+    """Standard errors of a difference of mean success, n episodes a seed: of two proportions, and of the seeds (one variance for both), with their degrees of
+    freedom.  A number instead of seeds: one checkpoint, the same for all."""
     share, (a, b) = sum(1 / len(x) for x in (a, b) if np.ndim(x)), (np.atleast_1d(x) for x in (a, b))
-    p, gap, freedom = (a.sum() + b.sum()) / (len(a) + len(b)), abs(a.mean() + margin - b.mean()), len(a) + len(b) - 2
-    normal = math.erfc(gap / math.sqrt(2 * max(p * (1 - p) * (1 / (n * len(a)) + 1 / (n * len(b))), 1e-12)))
-    episodes = normal if states is None else sign_flips(states)
-    if not freedom:                                      # one run against one says nothing of other seeds
-        return episodes
-    variance = sum(((x - x.mean()) ** 2).sum() for x in (a, b)) / freedom * share
-    return max(episodes, student(gap / math.sqrt(max(variance, 1e-12)), freedom))
+    p, freedom = (a.sum() + b.sum()) / (len(a) + len(b)), len(a) + len(b) - 2
+    variances = p * (1 - p) * (1 / (n * len(a)) + 1 / (n * len(b))), sum(((x - x.mean()) ** 2).sum() for x in (a, b)) / max(freedom, 1) * share
+    return *(math.sqrt(max(v, 1e-12)) for v in variances), freedom
+
+
+def differ(a, b, n, states=None, margin=0.):
+    """Two-sided p value of the difference (from -margin): the larger of that of the episodes (paired, where the differences on the same initial states are known)
+    and that of the seeds (Student's t)."""
+    gap, (episodes, seeds, freedom) = abs(np.mean(a) + margin - np.mean(b)), doubt(a, b, n)
+    p = math.erfc(gap / math.sqrt(2) / episodes) if states is None else sign_flips(states)
+    return max(p, student(gap / seeds, freedom)) if freedom else p                       # one run against one says nothing of other seeds
+
+
+def reach(a, b, n, states=None, level=.05):
+    """Half of the difference's interval: the least that differ() would tell from none at this level."""
+    (episodes, seeds, freedom), low, high = doubt(a, b, n), 0., 1000.
+    for _ in range(60 * bool(freedom)):                  # Student's quantile, by bisection
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) > level else (low, middle)
+    least = NormalDist().inv_cdf(1 - level / 2) * episodes if states is None else (flips(states) > level).sum() / (n * np.size(a) * np.size(b))
+    return max(least, low * seeds)
 
 
 def every(flags):

@@ -12,8 +12,8 @@ import numpy as np
 
 import data
 import figures
-from data import SHIFTS, STYLE, SUITES, VISUAL, apart, curves, differ, drawn, ends, entropies, every, falls, forgetting, iqm, last, paired, played, read, spent, success, tasks
-from data import there, used, valleys, whole, wilson
+from data import SHIFTS, STYLE, SUITES, VISUAL, apart, curves, differ, drawn, ends, entropies, every, falls, forgetting, iqm, last, paired, played, reach, read, spent, success
+from data import tasks, there, used, valleys, whole, wilson
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -36,6 +36,12 @@ def chance(p):
     return f"p = {p:.2g}" if p >= .001 else "p < 0.001"
 
 
+def gap(a, b, n, states=None, margin=0.):
+    """p, the upper end of the difference's interval (of 90 % where one side is asked for), and the words."""
+    p, d, half = differ(a, b, n, states, margin) / (2 if margin else 1), np.mean(a) - np.mean(b), reach(a, b, n, states, .1 if margin else .05)
+    return p, d + half, f"{100 * d:+.1f} [{100 * (d - half):.1f}, {100 * (d + half):.1f}], {chance(p)}{', paired' if states is not None else ''}"
+
+
 def claim(text, rule, measured, verdict, seeds=0, whose="paper"):
     """seeds: the fewest that a trained side has; of one alone a verdict says so.  whose: "paper", or "ours": what no paper says."""
     said = {True: "holds", False: "does not hold", None: "not resolvable"}[verdict] + " (one seed)" * (seeds == 1 and verdict is not None)
@@ -49,15 +55,18 @@ def compare(text, a, b, suites, split="eval", margin=0., key="success", whose="p
         if not (len(x) and len(y)):
             return
         sides = [drawn(k, suites, split, key) for k in (a, b)]
-        p = differ(*sides, min(n, m), both, margin) / (2 if margin else 1)
-        return x, y, p, f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {chance(p)}{', paired' if both is not None else ''}", sides
+        p, top, said = gap(*sides, min(n, m), both, margin)
+        return x, y, p, f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {said}", sides, top
     if shown := judged():
         data.FIRST = True
         first, data.FIRST = judged() or shown, False
-        x, y, p, said, sides = shown
+        x, y, p, said, sides, top = shown
+        theirs, less = re.search(r"([\d.]+), ([\d.]+)\)$", text), ""   # the paper's a and b
+        if theirs and not margin and 100 * max(top, first[5]) < (more := float(theirs[1]) - float(theirs[2])):
+            less = f"; smaller than the paper's {more:+.1f}"
         above = [bool(each[0].mean() + margin > each[1].mean()) for each in (shown, first)]
         claim(text, f"at most {100 * margin:.0f} lower" if margin else "higher",
-              f"{said}{f'; first runs {first[3]}' if first[3] != said else ''}; seeds {len(x)}, {len(y)}",
+              f"{said}{f'; first runs {first[3]}' if first[3] != said else ''}; seeds {len(x)}, {len(y)}{less}",
               None if max(p, first[2]) >= .05 or above[0] != above[1] else above[0], min((np.size(each) for each in sides if np.ndim(each)), default=0), whose)
 
 
@@ -357,9 +366,9 @@ def road_table1():
             states = [paired("ppo", "road", suites, split) for split in ("eval", "ood")]     # how much oftener PPO succeeds, ID, less how much oftener OOD
             states = None if any(x is None for x in states) else np.concatenate([states[0], -states[1]])
             ppo, road = (x - y for x, y in sides)
-            p = differ(ppo, road, ends("ppo", suites)[1], states)
+            p, _, said = gap(road, ppo, ends("ppo", suites)[1], states)
             claim(f"ROAD loses less than PPO from ID to OOD ({len(suites)} of our 7 suites; 14.6, 16.3)", "smaller difference",
-                  f"{100 * road.mean():.1f} and {100 * ppo.mean():.1f}, {chance(p)}{', paired' if states is not None else ''}; seeds {road.size}, {ppo.size}",
+                  f"{100 * road.mean():.1f} and {100 * ppo.mean():.1f}, {said}; seeds {road.size}, {ppo.size}",
                   None if p >= .05 else bool(road.mean() < ppo.mean()), min(road.size, ppo.size))
 
 
@@ -403,8 +412,8 @@ def higher(text, rule, ppo, road, n):
     """Of what is not an evaluation's success: values by seed, a dict a suite; n: episodes of one evaluation, as a run is evaluated on the same states again and again."""
     y, x = (np.array([np.mean([a[s] for a in each]) for s in sorted(set.intersection(*map(set, each)))]) for each in (ppo, road))
     if len(x) and len(y):
-        p = differ(x, y, n)
-        claim(text, rule, f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {chance(p)}; seeds {len(x)}, {len(y)}",
+        p, _, said = gap(x, y, n)
+        claim(text, rule, f"{100 * x.mean():.1f} and {100 * y.mean():.1f}, {said}; seeds {len(x)}, {len(y)}",
               None if p >= .05 else bool(x.mean() > y.mean()), min(len(x), len(y)))
 
 
@@ -740,13 +749,16 @@ def page():
         *["A quick run: one seed, 3 to 6 iterations, 5 episodes a task, 16 prompts, SFT of 10 demonstrations a task; texts and labels below say a full run's settings. It shows that "
           "everything runs, not what the algorithms can.\n"] * (data.FOLDER.name == "quick"),
         *table(("what", "command", "claims that hold", "that do not", "not resolvable", "our own: yes, no, open"), summary), "## The papers' claims, here\n",
-        "Higher: p < 0.05, two-sided, p the larger of two tests. Of the episodes: exact sign flips of the differences on the same initial states, each the mean over",
-        "the seeds, where it says paired (of one seed each that is McNemar's test), else two proportions. Of the seeds: Student's t; one run against one has none, so its",
-        "verdict is on those two runs; one against three can show large gaps only. Where a run was made twice, either must lead to the verdict. At most 5 lower: one-sided, at 5 %;",
-        "p is that of the side found. At least: one",
-        "seed's Wilson interval, around the mean, lies on one side. On every seed, in every run: all or none. Otherwise not resolvable. Not corrected for the number of",
-        "claims. In parentheses our suites; the paper's numbers. Distill is VLA-OPD, exact (in Figure 4: exact reverse KL), where nothing else is said; the paper's estimator is",
-        "the sampled one, which ends lower here.\n",
+        "* Higher: p < 0.05, two-sided, p the larger of two tests. Of the episodes: exact sign flips of the differences on the same initial states, each the mean over the seeds,",
+        "  where it says paired (of one seed each that is McNemar's test), else two proportions. Of the seeds: Student's t; one run against one has none, so its verdict is on",
+        "  those two runs; one against three can show large gaps only. Where a run was made twice, either must lead to the verdict.",
+        "* At most 5 lower: the same, one-sided, at 5 %; p is that of the side found.",
+        "* At least: one seed's Wilson interval, around the mean, lies on one side. On every seed, in every run: all or none.",
+        "* Otherwise not resolvable. Not corrected for the number of claims.",
+        "* Behind two values: their difference and its 95 % interval (at most 5 lower: 90 %), the wider of those of the two tests. Smaller than the paper's: all of the interval is",
+        "  below the paper's difference, whether or not it is above 0.",
+        "* In parentheses our suites; the paper's numbers. Distill is VLA-OPD, exact (in Figure 4: exact reverse KL), where nothing else is said; the paper's estimator is the",
+        "  sampled one, which ends lower here.\n",
         *table(("where", "claim", "rule", "measured", "verdict"), [(where, *c) for where, whose, *c in told if whose == "paper"]),
         "## Questions of our own\n", "What neither paper says, by the same rules.\n",
         *table(("where", "claim", "rule", "measured", "verdict"), [(where, *c) for where, whose, *c in told if whose == "ours"]), *body])

@@ -214,6 +214,19 @@ def test_a_margin_shifts_the_difference_and_not_its_variance():
     assert 0 < data.differ(np.array([.98]), np.array([.98]), 50, margin=.05) < .1        # one seed each, near the ceiling
 
 
+def test_an_interval_ends_where_its_tests_find_something():
+    for a, b, n in ((np.array([.40, .49, .54]), np.array([.5, .52, .58]), 2000), (np.array([.40, .49, .54]), .5, 2000), (np.full(3, .5), np.full(3, .5), 50)):
+        for level in (.05, .1):
+            half = data.reach(a, b, n, level=level)
+            assert [data.differ(a, b, n, margin=np.mean(b) - np.mean(a) + side * half) for side in (1, -1)] == pytest.approx([level, level], rel=1e-3)
+    for ups, n in ((9, 200), (10, 200), (4, 10)):        # 12 coins: 10 of one side are .039, 9 are .146; of 4 no number is enough
+        states = np.array([1] * ups + [-1] * (12 - ups) * (n == 200))
+        a, b = np.array([.5 + states.sum() / n]), np.array([.5])
+        assert (a[0] - b[0] < data.reach(a, b, n, states)) == (data.differ(a, b, n, states) > .05) == (ups != 10)
+    states = np.random.default_rng(1).choice([-3, -1, 0, 0, 0, 2], 4000)                 # many: nearly normal; 3 and 2 seeds
+    assert data.reach(np.full(3, .5), np.full(2, .5), 4000, states) == pytest.approx(1.96 * np.sqrt((states ** 2).sum()) / 6 / 4000, rel=.01)
+
+
 def test_sign_flips_are_all_ways_to_fall():
     for d in ([1] * 10 + [-1] * 2 + [0] * 5, [1] * 7, [1, -1] * 3, [-1], [3, -1, 2, 2, -3, 1], [6, 1, 1], []):
         sums = [abs(sum(k * sign for k, sign in zip(d, signs))) for signs in itertools.product((1, -1), repeat=len(d))]
@@ -277,6 +290,17 @@ def test_verdicts(monkeypatch, a, b, margin, verdict):
     report.claims.clear()
     report.compare("a is above b", "a", "b", ["object"], margin=margin)
     assert report.claims[0][-1] == verdict and report.claims[0][0] == "paper"
+
+
+def test_what_is_smaller_than_the_papers_is_said(monkeypatch):
+    monkeypatch.setattr(report, "ends", lambda name, suites, split, key: (np.array([dict(a=.4, b=.6)[name]] * 3), 200))
+    monkeypatch.setattr(report, "drawn", lambda *args: report.ends(*args)[0])
+    monkeypatch.setattr(report, "paired", lambda *args: None)
+    report.claims.clear()
+    for text, margin in ((" (object; 70, 69.9)", 0), (" (10, 40)", 0), ("", 0), (" (70, 10)", .05)):
+        report.compare(f"a is above b{text}", "a", "b", ["object"], margin=margin)
+    assert ["smaller" in c[-2] for c in report.claims] == [True, False, False, False] and report.claims[0][-2].endswith("; smaller than the paper's +0.1")
+    assert report.claims[0][-2].startswith("40.0 and 60.0, -20.0 [-25.7, -14.3], p < 0.001; seeds 3, 3; ")     # 1.96 x sqrt(2 x .25 / 600)
 
 
 def test_a_verdict_must_survive_the_first_of_two_runs(tmp_path, monkeypatch):
@@ -369,10 +393,10 @@ def test_a_smaller_loss_out_of_distribution(tmp_path, monkeypatch):
     report.claims.clear()
     [*report.road_table1()]
     last = report.claims[-1]
-    assert last[1].startswith("ROAD loses less than PPO") and last[3:] == ("0.0 and 70.0, p = 0.016, paired; seeds 1, 1", "holds (one seed)")
+    assert last[1].startswith("ROAD loses less than PPO") and last[3:] == ("0.0 and 70.0, -70.0 [-130.0, -10.0], p = 0.016, paired; seeds 1, 1", "holds (one seed)")
     report.claims.clear()
     [*report.road_fig5()]                                # lost out of distribution: 8 and 4 of 10, four coins
-    assert report.claims[-1][3:] == ("80.0 and 40.0, p = 0.12, paired; seeds 1, 1", "not resolvable")
+    assert report.claims[-1][3:] == ("80.0 and 40.0, +40.0 [-10.0, 90.0], p = 0.12, paired; seeds 1, 1", "not resolvable")
 
 
 def test_one_seed_is_said_of_the_sides_of_a_claim_alone(tmp_path, monkeypatch):
