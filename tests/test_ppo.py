@@ -156,6 +156,17 @@ def test_value_head_is_kept(tmp_path, rank):
     assert not torch.equal(other, read[0]) and other.std() < 1     # without a saved one: new, and small
 
 
+def test_a_hub_ids_value_head_is_read(tmp_path, monkeypatch):
+    """Of a hub that does not answer, from its cache."""
+    model, state = critics.actor_critic(critics.checkpoint(tmp_path)), draw(0, 5, 32).float()
+    model.save(tmp_path / "hub/models--me--run/snapshots/0123abcd")
+    (tmp_path / "hub/models--me--run/refs").mkdir()
+    (tmp_path / "hub/models--me--run/refs/main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert torch.equal(critics.actor_critic("me/run").value(state), model.value(state))
+
+
 # ------------------------------------------------------------------------------------------------------------ whole script
 def brute_force(path, batches, args):
     """The gradient on everything that was played, by all processes."""
