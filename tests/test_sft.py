@@ -140,6 +140,15 @@ def test_a_waiting_arm_is_no_no_op_of_two(tmp_path):
     np.testing.assert_array_equal(action, actions[[1, 2, 4]])
 
 
+def test_of_two_keypoints_alike_the_first_counts(tmp_path):
+    pytest.importorskip("h5py")
+    images, actions, clean, text = demo(2, 7)
+    things = np.array([[[1, .1, .2], [1, .3, .4], [0, .5, .6]], [[-1, .1, .2], [1, .7, .8], [-1, 0, 0]]])       # then the first is hidden
+    sft.write_hdf5([(images, actions + [[0.], [.5]], clean, text, things)], tmp_path, "alike")
+    (*_, points), = sft.read_hdf5(tmp_path, 1)
+    assert {k: v.tolist() for k, v in points.items()} == {"00": [[.5, .6], [-1, -1]], "01": [[.1, .2], [.7, .8]]}
+
+
 def train(folder, patch, run_dir, **kw):
     """sft.main's metrics, and the windows it had."""
     seen = []
