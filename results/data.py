@@ -27,7 +27,8 @@ STYLE = {
     "distill-grpo-slow": ("Distill + GRPO, longer, learning rate 1e-4", "#d55e00", ":"),
     "all-states-opd-exact": ("VLA-OPD, exact", "#d55e00", "-"), "all-states-distill-grpo-slow": ("Distill + GRPO, longer, learning rate 1e-4", "#d55e00", ":"),
     "opd-rollout-reward": ("VLA-OPD, sampled, log p in the reward of the policy that played", "#f0e442", "-"), "opd-g2": ("VLA-OPD, exact, G = 2", "#e69f00", "-"),
-    "opd-g4": ("VLA-OPD, exact, G = 4", "#cc79a7", "-"), "dagger-fkl": ("DAgger, forward KL", "#009e73", "-"), "dagger-ce": ("DAgger, hard CE", "#cc79a7", "-"),
+    "opd-g4": ("VLA-OPD, exact, G = 4", "#cc79a7", "-"), "opd-sampled-g2": ("VLA-OPD, sampled, G = 2", "#e69f00", "--"),
+    "opd-sampled-g4": ("VLA-OPD, sampled, G = 4", "#cc79a7", "--"), "dagger-fkl": ("DAgger, forward KL", "#009e73", "-"), "dagger-ce": ("DAgger, hard CE", "#cc79a7", "-"),
     "plain-teacher": ("plain teacher", "#999999", ":"), "plain-exact": ("VLA-OPD, exact", "#d55e00", ":"),
     "plain-sampled": ("VLA-OPD, sampled", "#0072b2", ":"), "plain-fkl": ("DAgger, forward KL", "#009e73", ":"),
     "plain-ce": ("DAgger, hard CE", "#cc79a7", ":"), "sharp-student": ("sharp student", "#999999", "-"),
@@ -201,7 +202,7 @@ def forgetting():
     points = {}
     if not all(able.values()):
         return points, able
-    for k in ("base", "student", "sft-many", "grpo", "opd-exact", "distill-grpo"):
+    for k in ("base", "student", "teacher", "sft-many", "grpo", "opd-exact", "distill-grpo"):
         seen, *unseen = played("object", k), *(played(suite, k if k == "base" else f"forget-{k}") for suite in able)
         for seed in sorted(set(seen).intersection(*unseen)):
             rest = [np.mean([v for t, v in tasks(u[seed]).items() if t in able[suite]]) for u, suite in zip(unseen, able)]
