@@ -298,6 +298,12 @@ def every(flags):
     return all(flags) or (None if any(flags) else False)
 
 
+def most(flags):
+    """True if clearly more than half are, False if clearly fewer: the sign test, at 5 %."""
+    signs = np.where(flags, 1, -1)
+    return None if sign_flips(signs) >= .05 else bool(signs.sum() > 0)
+
+
 def apart(a, b):
     """Is every seed of a above every seed of b?  False if below, None if they overlap."""
     return True if min(a) > max(b) else False if max(a) < min(b) else None

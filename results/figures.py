@@ -125,8 +125,8 @@ def draw():
         left.set(title="object: sampled, running mean of 5", xlabel=ITERATION, ylabel="success", ylim=(None, 1))
         right.set(title="object: greedy", xlabel=ITERATION)
         save(figure, "opd-table2.png", 3)
-    grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)],
-            labels={"opd-exact": "VLA-OPD, exact, G = 8"})
+    grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact", "opd-sampled-g2", "opd-sampled-g4", "opd-sampled"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)],
+            labels={"opd-exact": "VLA-OPD, exact, G = 8", "opd-sampled": "VLA-OPD, sampled, G = 8"})
     for name, others, own in (("alpha", ("road-alpha-0", "road", "road-alpha-1"), "alpha = 0.5"),
                               ("reference", (*(f"road-reference-{n}" for n in (10, 20, 30)), "road"), "reference of 40 iterations")):
         if len(there(others, ["repositioning"])) > 1:

@@ -10,7 +10,8 @@ SHIFTS = ("repositioning", "unseen-table", "dynamic-texture", "dynamic-noise", "
 ALGORITHMS = {
     "opd-exact": "vla_opd.py --eval-every 1", "opd-sampled": "vla_opd.py --eval-every 1 --estimator sampled",
     "opd-rollout-reward": "vla_opd.py --eval-every 1 --estimator sampled --reward rollout",
-    **{f"opd-{'sampled-' * bool(flags)}g{g}": f"vla_opd.py --eval-every 1 {flags}--group-size {g}" for flags in ("", "--estimator sampled ") for g in (2, 4)},
+    "opd-g2": "vla_opd.py --eval-every 1 --group-size 2", "opd-g4": "vla_opd.py --eval-every 1 --group-size 4",
+    **{f"opd-sampled-g{g}": f"vla_opd.py --eval-every 1 --estimator sampled --group-size {g}" for g in (2, 4)},
     "dagger-fkl": "dagger_forward_kl.py --eval-every 1",
     "fkl-fine": "dagger_forward_kl.py --eval-every 1 --batch-prompts 8 --updates-per-rollout 2 --num-iterations 16",
     "dagger-ce": "dagger_hard_ce.py --eval-every 1",

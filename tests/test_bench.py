@@ -84,7 +84,7 @@ def test_finished_is_not_run_again_and_changed_is(repo):
     root, call = repo
     status, _, err, calls = call("opd-fig5 --seeds 1 --jobs 3")
     assert status == 0, err
-    assert len(trainings(calls)) == 3 and len(calls) == 6
+    assert len(trainings(calls)) == 6 and len(calls) == 12
     assert (root / "results" / "tabletop-object-opd-g2-1.csv").read_text() == (root / "runs/bench/tabletop-object-opd-g2-1/metrics.csv").read_text()
     assert (root / "results/episodes/tabletop-object-opd-g2-1.csv").read_text().splitlines()[:2] == ["task,init_state,success,grasped", "0,400,1,0"]
     assert len((root / "results/episodes/tabletop-object-opd-g2-1.csv").read_text().splitlines()) == 7         # greedy alone
@@ -103,11 +103,11 @@ def test_finished_is_not_run_again_and_changed_is(repo):
         f.write("# a comment changes nothing\n")
     assert call("opd-fig5 --seeds 1")[3] == []
     text = (root / "results" / "jobs.py").read_text()                                    # other flags: this one again, from the start
-    (root / "results" / "jobs.py").write_text(text.replace("--group-size 2\"", "--group-size 2 --seed 9\""))
+    (root / "results" / "jobs.py").write_text(text.replace("vla_opd.py --eval-every 1 --group-size 2\"", "vla_opd.py --eval-every 1 --group-size 2 --seed 9\""))
     assert [words.split("--run-dir")[1].strip() for words in trainings(call("opd-fig5 --seeds 1")[3])] == ["runs/bench/tabletop-object-opd-g2-1"]
     with (root / "algos" / "vla_opd.py").open("a") as f:
         f.write("more = 1\n")
-    assert len(trainings(call("opd-fig5 --seeds 1")[3])) == 3
+    assert len(trainings(call("opd-fig5 --seeds 1")[3])) == 6
 
 
 def test_missing_makes_again_what_started_from_a_run_made_again(repo):
