@@ -463,7 +463,7 @@ class ActorCritic(nn.Module):
     def __init__(self, path, args, device, trainable=True):
         super().__init__()
         self.policy = VLA.load(path, device, getattr(torch, args.dtype), args.lora_rank if trainable else 0, args.load_in_4bit, trainable)
-        d, folder = self.policy.language_model.config.hidden_size, path if Path(path).is_dir() else snapshot_download(path, allow_patterns="*.safetensors")
+        d, folder = self.policy.language_model.config.hidden_size, path if Path(path).is_dir() else snapshot_download(path, allow_patterns="value_head.safetensors")
         self.value = nn.Sequential(nn.Linear(d, 512), nn.GELU(), nn.Linear(512, 128), nn.GELU(), nn.Linear(128, 1, bias=False)).to(device)
         nn.init.normal_(self.value[-1].weight, std=.02)
         if (head := Path(folder, "value_head.safetensors")).exists():

@@ -190,15 +190,16 @@ def test_without_the_package(monkeypatch):
 
 def test_another_package_of_that_name(tmp_path, monkeypatch):
     """LIBERO's own repository, which knows nothing of an assets path."""
-    for name in ("libero/libero", "robosuite", "bddl", "mujoco"):
-        (tmp_path / name).mkdir(parents=True)
+    for name in ("libero", "libero/libero", "robosuite", "bddl", "mujoco"):
+        (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
+    for name, value in (("LIBERO_CONFIG_PATH", str(tmp_path / "config")), ("MUJOCO_GL", "egl"), ("PYOPENGL_PLATFORM", "egl")):
+        monkeypatch.setenv(name, value)
     [monkeypatch.delitem(sys.modules, name) for name in list(sys.modules) if name.split(".")[0] == "libero"]
     with pytest.raises(SystemExit, match="not hf-libero: pip uninstall -y libero && .*pip install .*hf-libero==0.1.4"):
         libero.setup()
-    [sys.modules.pop(name) for name in ("libero.libero", "libero")]
+    [sys.modules.pop(name, None) for name in ("libero.libero", "libero")]
 
 
 def test_unknown_names():

@@ -203,7 +203,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")""")
     assert greedy[0] == greedy[1] and len(greedy[0]) == 10
 
 
-
 def test_two_arms(tmp_path, monkeypatch):
     """14 dimensions, chunk x 14 tokens, through every script."""
     small.shorten(monkeypatch)
