@@ -714,8 +714,8 @@ def again():
                 twice.append(after - before)
             between += [100 * abs(mine[a][0] - mine[b][0]) for a in mine for b in mine if a < b]
     if rows:
-        yield "Some runs were made a second time, because others start from their checkpoints, which are not kept here; the second is what is shown above. Same command, same seed, another"
-        yield "processor, which rounds sums differently, most at another commit with the same algorithm (runs.csv). Greedy success at the end: the second is"
+        yield "Some runs were made a second time, because others start from their checkpoints, which are not kept here, or because no episodes were kept of the first, which paired tests"
+        yield "need; the second is what is shown above. Same command, same seed, another processor, which rounds sums differently, most at another commit with the same algorithm (runs.csv). Greedy success at the end: the second is"
         yield f"{np.mean(twice):+.1f} from the first in the mean, {np.mean(np.abs(twice)):.1f} in size ({sum(d > 0 for d in twice)} of {len(twice)} are higher); two seeds of these algorithms are {np.mean(between):.1f} apart.\n"
         yield from table(("suite", "algorithm", "seed", "distribution", "at first", "shown", "difference"), rows)
         if once:
@@ -787,8 +787,8 @@ def page():
         "* At least: one seed's Wilson interval, around the mean, lies on one side. On every seed: all or none. In most runs: the sign test, at 5 %, as if suites and seeds were",
         "  coins apart.",
         "* Otherwise not resolvable. Not corrected for the number of claims.",
-        "* After two values: their difference, and around it as far as the larger of the two tests tells nothing (95 %; at most 5 lower: 90 %). Smaller than the paper's: all of the interval is",
-        "  below the difference of the two numbers of the paper with which the claim ends.",
+        "* After two values: their difference and its interval (95 %; at most 5 lower: 90 %), as wide as what the weaker of the two tests would find from no difference on. Smaller than",
+        "  the paper's: all of the interval is below the difference of the two numbers of the paper with which the claim ends.",
         "* In parentheses our suites; the paper's numbers. Distill is VLA-OPD, exact (in Figure 4: exact reverse KL), where nothing else is said; the paper's estimator is the",
         "  sampled one, which ends lower here.\n",
         *table(("where", "claim", "rule", "measured", "verdict"), [(where, *c) for where, whose, *c in told if whose == "paper"]),
