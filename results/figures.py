@@ -12,6 +12,7 @@ matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon
 STEPS, ITERATION, SUCCESS, ENTROPY = "1000 environment steps", "iteration", "greedy success", "entropy (nats)"
 OOD, ALONE = "charts/ood_success", " (one seed)"
 LONGER = {"distill-grpo-long": "#0072b2", "distill-grpo-slow": "#d55e00"}
+SIZES = {2: "#e69f00", 4: "#cc79a7", 8: "#0072b2"}
 OKABE_ITO = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
 
 
@@ -125,8 +126,21 @@ def draw():
         left.set(title="object: sampled, running mean of 5", xlabel=ITERATION, ylabel="success", ylim=(None, 1))
         right.set(title="object: greedy", xlabel=ITERATION)
         save(figure, "opd-table2.png", 3)
-    grid_of("opd-fig5.png", ("opd-g2", "opd-g4", "opd-exact", "opd-sampled-g2", "opd-sampled-g4", "opd-sampled"), ["object"], [(eval_, "iteration", SUCCESS, ITERATION), (eval_, "steps", "", STEPS)],
-            labels={"opd-exact": "VLA-OPD, exact, G = 8", "opd-sampled": "VLA-OPD, sampled, G = 8"})
+    sizes = {estimator: {g: k for g, k in zip((2, 4, 8), (f"{stem}g2", f"{stem}g4", f"opd-{estimator}")) if read("object", k)}
+             for estimator, stem in (("exact", "opd-"), ("sampled", "opd-sampled-"))}
+    if rows := [row for row in sizes.items() if len(row[1]) > 1]:
+        figure, axes = panels(len(rows), 2, sharex="col", sharey=True)
+        for line, (estimator, each) in zip(axes, rows):
+            for axis, x, below in zip(line, ("iteration", "steps"), (ITERATION, STEPS)):
+                for g, k in each.items():
+                    band(axis, "object", k, eval_, x, f"G = {g}")
+                    axis.lines[-1].set(color=SIZES[g], ls="-"), axis.collections[-1].set_color(SIZES[g])
+                for value in ends("teacher", ["object"])[0]:
+                    axis.axhline(value, color="#000000", ls=":", lw=.8, label="Teacher")
+                axis.set(ylabel=SUCCESS if axis is line[0] else "", xlabel=below if estimator == rows[-1][0] else "", ylim=(None, 1))
+                entitle(axis, f"tabletop-object, {estimator}")
+        [axis.locator_params(axis="x", integer=True) for axis in axes[:, 0]]
+        save(figure, "opd-fig5.png")
     for name, others, own in (("alpha", ("road-alpha-0", "road", "road-alpha-1"), "alpha = 0.5"),
                               ("reference", (*(f"road-reference-{n}" for n in (10, 20, 30)), "road"), "reference of 40 iterations")):
         if len(there(others, ["repositioning"])) > 1:
